@@ -265,6 +265,14 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         entry.fill(self._loader(key))
         self._count("rebuilt" if known else "loaded")
 
+    def _all(self) -> list[tuple[K, _Entry]]:
+        """Return all keys with their entries.
+
+        Garbage is collected when a tuple is created, and other threads may then run and change the dictionary. While
+        only the keys are copied, none is.
+        """
+        return [(key, entry) for key in list(self._entries) if (entry := self._entries.get(key))]
+
     def _forget(self, key: K, entry: _Entry) -> None:
         """Remove a key and its contents, which must not be in use, with the entry's guard held."""
         self._entries.pop(key, None)
@@ -290,7 +298,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
     def sweep(self) -> int:
         """Remove the keys whose contents the system has reclaimed; return their number."""
         swept = 0
-        for key, entry in list(self._entries.items()):
+        for key, entry in self._all():
             with entry.guard:
                 if entry.filled and not entry.users and entry.memory.setPurgeable(KEEP_CURRENT) == EMPTY:
                     self._forget(key, entry)
@@ -352,7 +360,7 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
 
     def __exit__(self, *_error: object) -> None:
         """Remove all keys, also those in use: existing views retain their memory, which the last one frees."""
-        for key, entry in list(self._entries.items()):
+        for key, entry in self._all():
             with entry.guard:
                 self._entries.pop(key, None)
                 entry.free()
