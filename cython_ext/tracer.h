@@ -200,8 +200,10 @@ enum {
     IOBMD_EXITKILL = 1 << 20, IOBMD_ENTRY = 1, IOBMD_EXIT = 2,
 };
 enum { IOBMD_NO_STACK = 8 };
-/* Bits of a pagemap entry: a write to a page that a userfaultfd protects would wait for its handler (Linux 5.13). */
-static const unsigned long IOBMD_PRESENT = 1ul << 63, IOBMD_SWAPPED = 1ul << 62, IOBMD_PROTECTED = 1ul << 57;
+/* Bits of a pagemap entry: a write to a page that a userfaultfd protects would wait for its handler (Linux 5.13); one to
+   a page that is not exclusive, because it is shared since a fork or a zero page, would copy it. */
+static const unsigned long IOBMD_PRESENT = 1ul << 63, IOBMD_SWAPPED = 1ul << 62, IOBMD_PROTECTED = 1ul << 57,
+                           IOBMD_EXCLUSIVE = 1ul << 56;
 
 /* The results by which the kernel marks a call that it will restart (linux/errno.h). */
 enum { IOBMD_ERESTARTSYS = 512, IOBMD_ERESTARTNOINTR = 513, IOBMD_ERESTARTNOHAND = 514, IOBMD_ERESTARTBLOCK = 516 };

@@ -143,7 +143,7 @@ static size_t iobmd_complete_area(char *area, size_t size)
 static int iobmd_poke(struct iobmd_tracer *t, pid_t tid, unsigned long address, const void *data, size_t size)
 {
     long file, written;
-    if (!iobmd_all_pages(t, tid, address, size, IOBMD_PROTECTED, IOBMD_PRESENT)) return 0;
+    if (!iobmd_all_pages(t, tid, address, size, IOBMD_PROTECTED | IOBMD_SWAPPED, IOBMD_EXCLUSIVE)) return 0;
     if ((file = t->writes >= 0 ? t->writes : iobmd_open(t, tid, "mem", O_WRONLY)) < 0) return 0;
     iobmd_set_alarm(t, IOBMD_BEGIN);
     written = iobmd_raw(SYS_pwrite64, file, (long)data, (long)size, (long)address, 0, 0);

@@ -16,7 +16,7 @@ import pytest
 from ptrace.debugger import PtraceDebugger
 from support import kernel
 from support.child import in_child, sleeping
-from support.targets import Target, children, until_blocked
+from support.targets import Target, build, children, until_blocked
 from support.threads import collects_without_waiting, running
 
 import iobmd
@@ -102,6 +102,21 @@ def test_registers_are_as_before() -> None:
             assert buffer.task_stopped_ns
             assert registers(target.pid) == before
         assert registers(target.pid) == before
+
+
+@pytest.mark.needs("compiler", "frames")
+def test_a_stop_copies_no_page_of_the_stack() -> None:
+    """A write to a page that is shared since a fork, also below the stack pointer, would copy it."""
+    with Target([build("forked_stack", "-Wl,-z,now")]) as target:
+        until_blocked(target.pid)
+        pointer = int(Path(f"/proc/{target.pid}/syscall").read_text().split()[-2], 16)
+        below = (pointer & -PAGE_SIZE) - 2 * PAGE_SIZE
+        before = kernel.frames(below, 3 * PAGE_SIZE, target.pid)
+        assert all(before)
+        (child,) = children(target.pid).split()
+        assert kernel.frames(below, 2 * PAGE_SIZE, int(child)) == before[:2], "the control: they are shared"
+        iobmd.allocate(8192, task=target.pid, wired=False).free()
+        assert kernel.frames(below, 3 * PAGE_SIZE, target.pid) == before
 
 
 @pytest.mark.parametrize(
