@@ -92,7 +92,7 @@ class Terminal:
         return text
 
     def forget(self) -> None:
-        """Discard what was shown."""
+        """Discard the output so far."""
         self.text, self._seen = "", 0
 
     def read(self) -> bool:

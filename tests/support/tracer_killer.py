@@ -61,7 +61,8 @@ def before_call(
 ) -> bool:
     """Perform an operation in another process; call `act` with its tracer's id before a ptrace call of the tracer.
 
-    This is the first from PTRACE_SEIZE on for whose request `is_wanted` returns True. Return False if there is none.
+    Calls count from PTRACE_SEIZE on; the first for whose request `is_wanted` returns True is chosen. Return False if
+    there is none.
     Errors as for `kill_tracer`.
     """
     # The debugger waits for any child, and must therefore be a separate process.
