@@ -633,7 +633,7 @@ static int iobmd_is_at(struct iobmd_tracer *t, pid_t tid, unsigned long address,
 static int iobmd_make(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base, unsigned long instruction,
                       struct iobmd_call *call, int64_t until, int may_give_up);
 static int iobmd_begin(struct iobmd_tracer *t, pid_t tid, struct iobmd_syscall_info *info);
-static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *state,
+static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base,
                             unsigned long instruction, const struct iobmd_call *call);
 
 #if defined(__x86_64__)
@@ -678,13 +678,16 @@ static int iobmd_is_call(const struct iobmd_syscall_info *info, unsigned long in
     return info->entry.number == (unsigned long)call->number;
 }
 
-/* Set the registers of a stopped tracee, and run it to the start of the system call that they contain. */
-static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *state,
+/* Run a stopped tracee to the start of a system call; `base` contains its other registers. */
+static int iobmd_begin_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base,
                             unsigned long instruction, const struct iobmd_call *call)
 {
+    struct iobmd_state state = *base;
     struct iobmd_syscall_info info;
     int status;
-    if ((status = iobmd_store(tid, state)) || (status = iobmd_begin(t, tid, &info))) return status;
+    iobmd_move(&state, instruction);
+    iobmd_set_call(&state, call);
+    if ((status = iobmd_store(tid, &state)) || (status = iobmd_begin(t, tid, &info))) return status;
     if (iobmd_is_call(&info, instruction, call)) return IOBMD_DONE;
     iobmd_skip(tid);
     iobmd_run_to(t, tid, IOBMD_EXIT, iobmd_now() + IOBMD_BEGIN, 0, &info);

@@ -219,10 +219,7 @@ static int iobmd_protect(struct iobmd_tracer *t, const struct iobmd_thread *thre
 static int iobmd_start_call(struct iobmd_tracer *t, pid_t tid, const struct iobmd_state *base,
                             unsigned long instruction, const struct iobmd_call *call)
 {
-    struct iobmd_state state = *base;
-    iobmd_move(&state, instruction);
-    iobmd_set_call(&state, call);
-    return iobmd_begin_call(t, tid, &state, instruction, call);
+    return iobmd_begin_call(t, tid, base, instruction, call);
 }
 
 /* Return whether a signal is queued for a stopped thread. */

@@ -138,8 +138,8 @@ static size_t iobmd_complete_area(char *area, size_t size)
     return end + sizeof last;
 }
 
-/* Write to the memory of a stopped thread if that neither allocates a page nor waits for a fault handler; return
-   whether it was written. As for iobmd_peek(), nothing of the thread has been changed yet. */
+/* Write to the memory of a stopped thread if that neither allocates nor copies a page, nor waits for a fault handler;
+   return whether it was written. As for iobmd_peek(), nothing of the thread has been changed yet. */
 static int iobmd_poke(struct iobmd_tracer *t, pid_t tid, unsigned long address, const void *data, size_t size)
 {
     long file, written;
@@ -249,7 +249,7 @@ static int iobmd_recovers(struct iobmd_tracer *t, pid_t tid, const struct iobmd_
 /* If this process is killed, the kernel resumes the thread wherever it is. With the registers of an injected call, the
    task would crash, and its signals would stay blocked. From here on, the thread's next call is therefore that by which
    signal handlers end, with a frame of a handler on the unused part of its stack; if the stack is unknown, or pages of it
-   would have to be allocated, it is not protected. */
+   would have to be allocated or copied, it is not protected. */
 static int iobmd_protect(struct iobmd_tracer *t, const struct iobmd_thread *thread, struct iobmd_state *before,
                          unsigned long mask)
 {
@@ -273,13 +273,10 @@ static int iobmd_start_call(struct iobmd_tracer *t, pid_t tid, const struct iobm
                             unsigned long instruction, const struct iobmd_call *call)
 {
     const struct iobmd_call returns = { .number = SYS_rt_sigreturn };
-    struct iobmd_state state = base->frame ? iobmd_returning(t, base) : *base;
+    struct iobmd_state state;
     int status;
-    if (!base->frame) {
-        iobmd_move(&state, instruction);
-        iobmd_set_call(&state, call);
-        return iobmd_begin_call(t, tid, &state, instruction, call);
-    }
+    if (!base->frame) return iobmd_begin_call(t, tid, base, instruction, call);
+    state = iobmd_returning(t, base);
     if ((status = iobmd_begin_call(t, tid, &state, t->calling, &returns))) return status;
     iobmd_move(&state, t->calling + sizeof IOBMD_INSTRUCTION - 1);
     iobmd_set_call(&state, call);
