@@ -1,8 +1,8 @@
-"""What a thread needs to restore its registers by itself if its tracer is killed during an injected system call.
+"""Code and stack by which a thread restores its registers if its tracer is killed during an injected system call.
 
 Before such a call, the tracer writes the registers to the unused part of the thread's stack, as the kernel does
 before a signal handler runs, and arranges that the thread next makes the call by which handlers end (rt_sigreturn(2);
-`iobmd_protect` in `cython_ext/tracer_x86_64.h`). This module finds the code for this, and the stack.
+`iobmd_protect` in `cython_ext/tracer_x86_64.h`). This module finds both.
 """
 
 from __future__ import annotations
