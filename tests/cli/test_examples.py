@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.child import sleeping, started, until_asleep
+from support.child import sleeping
 from support.core_file import Core
 from support.examples import EXAMPLES, run
-from support.targets import until_at_rest
+from support.targets import Target, build, until_at_rest
 
 MIGRATION = EXAMPLES.parent / "migration"
 MIB = 1 << 20
@@ -80,11 +80,12 @@ def unchanged(name: str, pid: int, *fields: tuple[str, ...]) -> tuple[str, list[
     pytest.fail(f"the memory of a sleeping process changed 20 times: {before}")
 
 
+@pytest.mark.needs("compiler")
 def test_port_of_smem(tmp_path: Path) -> None:
-    """The program is a copy, because its pages are not private while another process executes the same file."""
-    program = shutil.copy(shutil.which("sleep") or "", tmp_path)
-    with started([program, "1000"]) as target:
-        until_asleep(target.pid)
+    """A copy of a static program: pages of other files are not private while another process maps them too."""
+    program = shutil.copy(build("busy", "-static"), tmp_path / "sleep")
+    with Target([program, "wait"]) as target:
+        until_at_rest(target.pid)
         output, sizes = unchanged("smem", target.pid, ("Private_Clean", "Private_Dirty"), ("Rss",))
         row = output.splitlines()[1].split()
         assert [int(row[1]), int(row[3])] == sizes
