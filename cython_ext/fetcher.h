@@ -188,7 +188,7 @@ static int iobmd_snapshot_body(void *argument)
     /* The thread may have ended before that, also by an execve(2) of another thread, after which the parent is the same
        process. The end of its descriptor table ends this process then. */
     iobmd_raw(SYS_close, f->life[1], 0, 0, 0, 0, 0);
-    iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
+    iobmd_raw(SYS_setpgid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
     iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-snapshot", 0, 0, 0, 0);
     keep[!after][0] = first, keep[!after][1] = last;
     keep[after][0] = own & ~(f->page - 1), keep[after][1] = (own_end + f->page - 1) & ~(f->page - 1);

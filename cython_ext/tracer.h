@@ -1642,8 +1642,10 @@ static void iobmd_settle(struct iobmd_tracer *t)
         __builtin_memset(&reports, 0, sizeof reports);
         reports.sa_handler = iobmd_reap_one;
         sigaction(SIGCHLD, &reports, NULL);  /* of this process only; an ignored SIGCHLD would report nothing */
-        iobmd_schedule(t, SCHED_RR);  /* first: on a busy host, the group of a new session may not run for 6 s */
-        iobmd_raw(SYS_setsid, 0, 0, 0, 0, 0, 0);  /* no SIGKILL or SIGSTOP of the maker's group reaches it */
+        iobmd_schedule(t, SCHED_RR);
+        /* No SIGKILL or SIGSTOP of the maker's group reaches it. In a session of its own (setsid(2)), the scheduler would
+           place it in another group (autogroup), which may not run for seconds on a busy host. */
+        iobmd_raw(SYS_setpgid, 0, 0, 0, 0, 0, 0);
         iobmd_raw(SYS_prctl, PR_SET_NAME, (long)"iobmd-tracer", 0, 0, 0, 0);
     }
     iobmd_append_number(iobmd_append(path, "/proc/"), (unsigned long)t->task);

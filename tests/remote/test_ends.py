@@ -16,7 +16,7 @@ import pytest
 from ptrace.debugger import PtraceDebugger
 from support import kernel
 from support.child import in_child, sleeping
-from support.targets import Target, build, children, until_blocked
+from support.targets import Target, build, children, until, until_blocked
 from support.threads import collects_without_waiting, running
 
 import iobmd
@@ -165,6 +165,24 @@ def test_signals_to_the_whole_group(target: subprocess.Popen[bytes]) -> None:
         program.stdout.read()
         assert program.wait(20) == 0
     assert not [line for line in maps_by_iobmd(target.pid) if "iobmd" in line]
+
+
+@pytest.mark.needs("root")  # otherwise Yama may require the tracer to be a thread of this process
+def test_the_tracer_is_scheduled_like_this_process(target: subprocess.Popen[bytes]) -> None:
+    """The processes of a new session form a group for the scheduler, which a busy machine may not run for seconds."""
+
+    def tracers() -> list[int]:
+        pids = children(os.getpid()).split()
+        return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "iobmd-tracer\n"]
+
+    task = iobmd.Task(target.pid)
+    with guard_of(task):
+        session = Session(task)
+        try:
+            assert until(tracers)  # it has its name when it is ready
+            assert [(os.getsid(pid), os.getpgid(pid)) for pid in tracers()] == [(os.getsid(0), tracers()[0])]
+        finally:
+            session.end(failed=False)
 
 
 def test_free_while_it_is_read(target: subprocess.Popen[bytes]) -> None:
