@@ -145,9 +145,10 @@ def test_the_first_fault_ends_a_run(kind: str, fault: str, message: str, tmp_pat
 def test_a_hang_is_described(tmp_path: Path) -> None:
     """A hang is reported with the stacks of the worker's threads, in Python and in the kernel."""
     command = ("--seconds", "60", "--faults", "1", *ONE_THREAD, "--patience", "10", "--kinds", "plant-hang")
-    code, result, _ = soak(tmp_path, *command)
+    code, result, output = soak(tmp_path, *command)
     assert code == 1
-    detail = next(detail for detail in result["details"] if detail["fault"] == "hangs")
+    assert [detail["fault"] for detail in result["details"]] == ["hangs"], output
+    detail = result["details"][0]
     assert "plant-hang did not end within 10 s" in detail["message"]
     assert "in hang" in detail["log"]
     assert any("futex" in line for line in detail["kernel"])
