@@ -1,6 +1,8 @@
 """dma-bufs of shared memory, of heaps and of other exporters, on kernels that have them and on others."""
 
+import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ from support.ring import Ring
 
 import iobmd
 from iobmd import IOReturn, dmabuf
+from iobmd.cli import main
 from iobmd.memory import dma_buf
 from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("guest")
 KIB, MIB = 1 << 10, 1 << 20
+SET_NAME = 0x40086201  # DMA_BUF_SET_NAME_B
 LIMIT = Path("/sys/module/udmabuf/parameters/size_limit_mb")
 SHARED = {
     "small": (64 * KIB, {}),
@@ -100,6 +104,31 @@ def test_a_released_buffer_leaves_its_dma_buf_intact() -> None:
         os.close(fd)
         iobmd.allocate(64 * KIB, shared=True).free()
         assert view[:4] == b"kept"
+
+
+@pytest.mark.needs("udmabuf")
+@pytest.mark.parametrize("form", ["--all", "--all --each", "--csv"])
+def test_names_are_shown_without_control_characters(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process chooses the names of its dma-bufs, which the kernel shows as those of its mappings."""
+    name = b"\x1b[2J\x85\r\nend"
+    with iobmd.allocate(64 * KIB, shared=True) as buffer:
+        fd = dmabuf.export(buffer)
+        fcntl.ioctl(fd, SET_NAME, name + b"\0")
+        with mmap.mmap(fd, 64 * KIB) as view:
+            os.close(fd)
+            view[:] = bytes(64 * KIB)
+            assert b"/dmabuf:\x1b[2J" in Path("/proc/self/maps").read_bytes(), "the control"
+            assert main(["pagemap", *form.split(), str(os.getpid())]) == 0
+            shown = capsys.readouterr().out
+            assert "dmabuf:\\x1b[2J" in shown
+            assert all(line.isprintable() for line in shown.split("\n"))
+            address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+            existing = iobmd.IOMemoryDescriptor.withAddressRange(
+                address, PAGE_SIZE, iobmd.kIODirectionInOut, os.getpid()
+            )
+            with pytest.raises(iobmd.IOReturnError) as caught:
+                existing.prepare()
+            assert str(caught.value).isprintable()
 
 
 @pytest.mark.needs("udmabuf")
