@@ -205,7 +205,7 @@ def copy(
     timeout : float, optional
         Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
-        Called repeatedly with the number of bytes copied.
+        Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`.
     wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node, secret
         As for `allocate`; the buffer is allocated in this process.
 

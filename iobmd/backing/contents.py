@@ -28,7 +28,7 @@ class CopyOf:
     timeout : float, optional
         Seconds to wait for another program that must supply a page.
     progress : callable, optional
-        Called with the number of bytes copied so far.
+        Called with the number of bytes copied so far, and finally with `size`.
 
     Attributes
     ----------
@@ -79,7 +79,14 @@ class CopyOf:
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
         """As `Contents.fill`. Raises as `Task.read`."""
-        return self.fetch(self.task, destination, huge=huge, sparse=sparse, fresh=fresh)
+        left_zero = self.fetch(self.task, destination, huge=huge, sparse=sparse, fresh=fresh)
+        self._report_end()
+        return left_zero
+
+    def _report_end(self) -> None:
+        """Report that all is copied, also if other threads have copied all chunks, or there is only one."""
+        if self._progress:
+            self._progress(self.size)
 
     def fetch(
         self,
@@ -150,13 +157,12 @@ class FrozenCopyOf(CopyOf):
             return super().fill(destination, huge=huge, sparse=sparse, fresh=fresh)
         from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of the time of `import iobmd`)
 
-        left_zero = stopped = False
+        left_zero = False
         first = True
 
         def fetch(task: Task, standing: Progress | None) -> None:
-            nonlocal left_zero, stopped, first
+            nonlocal left_zero, first
             again, first = not first, False
-            stopped = standing is not None
             left_zero = self.fetch(
                 task,
                 destination,
@@ -168,6 +174,5 @@ class FrozenCopyOf(CopyOf):
 
         attempt.require_unlocked(self.task.pid, job.patience(self._timeout))
         self.stopped_ns = consistent_copy.copy(consistent_copy.CopyRequest(self.task, self.address, self.size, fetch))
-        if stopped and self._progress:
-            self._progress(self.size)
+        self._report_end()
         return left_zero

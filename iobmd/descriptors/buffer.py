@@ -135,7 +135,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         timeout : float, optional
             Seconds to wait for another program, as for `Task.read`.
         progress : callable, optional
-            Called repeatedly in this thread with the number of bytes copied.
+            Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`.
 
         Raises
         ------
