@@ -54,6 +54,7 @@ class RemotePrivateBacking(RangeBacking):
                 writable="w" in placement.protection,
                 executable="x" in placement.protection,
                 private=True,
+                pinned=wired and "w" in placement.protection,  # a pin requires write access
             )
         finally:
             if extent.fd:
@@ -63,7 +64,9 @@ class RemotePrivateBacking(RangeBacking):
         self._transfers = Mapping.borrow(self._there.address, extent.length, False)
         try:
             super().__init__(task, self._there.address, extent.length, writable=False)
-            if wired:
+            if pin := self._there.take_pin():
+                self._hold_pin(pin)
+            elif wired:
                 self._wire()
             self.stopped_ns += self._there.stopped_ns
         except BaseException:

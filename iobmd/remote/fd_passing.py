@@ -1,9 +1,9 @@
-"""Passing a file descriptor of this process to a guest in another task.
+"""Passing file descriptors and data of this process to a guest in another task.
 
-It is sent through a socket pair that the guest creates. This process fetches one end of the pair (pidfd_getfd(2),
+They are sent through a socket pair that the guest creates. This process fetches one end of the pair (pidfd_getfd(2),
 Linux 5.6), so that the namespaces and the root directory of the task do not matter. The guest has its own descriptor
 table: no thread of the task can copy, replace or redirect a descriptor in it. The task can overwrite the memory that
-these calls use; nothing is read back from it.
+these calls use, data included; nothing is read back from it.
 
 A process that may trace the task can nevertheless copy the descriptor from the guest (pidfd_getfd). Memory that is
 mapped read-only there is therefore sent by `read_only`, other memory by `separate`.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from iobmd.errors import NotPermittedError, UnsupportedError
 from iobmd.memory import shmem
 from iobmd.remote.guest import Result, call, map_scratch
-from iobmd.units import PAGE_SIZE
+from iobmd.units import PAGE_SIZE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,23 +31,39 @@ if TYPE_CHECKING:
 
 _MSG_CMSG_CLOEXEC = 0x40000000
 
-# Offsets in the scratch page: the two ends of the socket pair, and a struct msghdr with the objects it points to.
-_ENDS, _MESSAGE, _VECTOR, _BYTE, _CONTROL = 0, 64, 128, 192, 256
+# Offsets in the scratch memory: the two ends of the socket pair, a struct msghdr with what it points to, and data.
+_ENDS, _MESSAGE, _VECTOR, _BYTE, _CONTROL, _DATA = 0, 64, 128, 192, 256, 512
 _CONTROL_SIZE = 64
+_PACKET = 64 << 10  # bytes of data; the kernel accepts about 200 KiB
 
 # Descriptor numbers of the guest, whose table was empty: the lowest free number is allocated first.
 _NEAR, _FAR, RECEIVED = 0, 1, 2
 
 
 class Channel:
-    """A socket pair of a guest, by which it receives descriptors as number `RECEIVED`, one at a time."""
+    """A socket pair of a guest, by which it receives descriptors as number `RECEIVED`, one at a time, and data.
 
-    def __init__(self, guest: Guest) -> None:
-        self._guest = guest
+    Parameters
+    ----------
+    guest : Guest
+        The guest, which can have one channel.
+    room : int
+        Bytes that the guest can receive as data.
+
+    Attributes
+    ----------
+    guest : Guest
+    data : int
+        The address in the task at which the guest receives data.
+    """
+
+    def __init__(self, guest: Guest, room: int = 0) -> None:
+        self.guest = guest
         self._scratch = guest.run(
-            map_scratch(PAGE_SIZE),
+            map_scratch(round_up(_DATA + room, PAGE_SIZE)),
             call("socketpair", socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC, 0, Result(0, _ENDS)),
         )[0]
+        self.data = self._scratch + _DATA
 
     def send(self, fd: int) -> None:
         """Send the message header for recvmsg(2) to the guest, and then a descriptor. Raises OSError."""
@@ -64,8 +80,22 @@ class Channel:
             call("recvmsg", _FAR, at, _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT),
         )
 
+    def placing(self, data: bytes) -> Call:
+        """Send data to the guest; return the call by which it writes them, or the last of them, to `data`.
+
+        Raises OSError.
+        """
+        for start in range(0, len(data), _PACKET):
+            packet = data[start : start + _PACKET]
+            with socket.socket(fileno=self.guest.fetch(_NEAR)) as near:
+                near.send(packet, socket.MSG_DONTWAIT)
+            received = call("recvfrom", _FAR, self.data + start, len(packet), socket.MSG_DONTWAIT, 0, 0)
+            if start + _PACKET < len(data):
+                self.guest.run(received)
+        return received
+
     def _near_end(self) -> int:
-        guest = self._guest
+        guest = self.guest
         try:
             return guest.fetch(_NEAR)
         except OSError as error:

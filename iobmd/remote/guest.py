@@ -18,10 +18,11 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._native import crosstask
-from iobmd.task.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from iobmd.task.task import Task
 
 SCRATCH, MAPPING = 1, 2
 """Kinds of memory that a call maps: unmapped when the guest ends, always (SCRATCH) or after a failure (MAPPING)."""
@@ -95,10 +96,14 @@ class Guest:
             `kIOReturnTimeout`: a call did not return by the deadline. The guest can make no further call.
         """
         until = deadline or time.monotonic() + PATIENCE
-        if not self._is_isolated:
-            self._is_isolated = True
-            self._run([call("close_range", 0, _LAST_DESCRIPTOR, _UNSHARE)], until, False)
-        return self._run(calls, until, deadline is not None)
+        if self._is_isolated:
+            return self._run(calls, until, deadline is not None)
+        self._is_isolated = True
+        isolation = call("close_range", 0, _LAST_DESCRIPTOR, _UNSHARE)
+        if deadline:
+            self._run([isolation], until, False)
+            return self._run(calls, until, True)
+        return self._run([isolation, *map(_moved, calls)], until, False)[1:]
 
     def call(self, name: str, *arguments: int, deadline: float | None = None, made: int = 0) -> int:
         """Make one system call, as `run` does, and return its result."""
@@ -112,9 +117,8 @@ class Guest:
         finally:
             os.close(pidfd)
 
-    def write(self, address: int, data: bytes) -> None:
-        """Write to the guest's memory, which the task no longer shares after an execve(2).
 
-        Raises as `Task.write`, because the task may have unmapped the memory.
-        """
-        Task(self.pid).write(address, data, timeout=PATIENCE)
+def _moved(one: Call) -> Call:
+    """Return a call for a program that one other call precedes."""
+    arguments = [value._replace(of=value.of + 1) if isinstance(value, Result) else value for value in one.arguments]
+    return one._replace(arguments=tuple(arguments))

@@ -19,10 +19,11 @@ from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, UnsupportedError
 from iobmd.host import limits
-from iobmd.memory import shmem
+from iobmd.memory import residency, shmem
 from iobmd.memory.shmem import NO_FD, FileExtent, alignment_of
 from iobmd.remote import fd_passing, session, trust
 from iobmd.remote.guest import MAPPING, call
+from iobmd.remote.pin import RemotePin
 from iobmd.task import attempt, diagnosis, job
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, round_up
 
@@ -54,6 +55,8 @@ class RemoteMapping:
         Inaccessible bytes on each side.
     private : bool
         Whether it is a private mapping of the only extent (`private_extent`).
+    pinned : bool
+        Whether the guest that maps it is to pin it too (`take_pin`).
 
     Attributes
     ----------
@@ -66,6 +69,7 @@ class RemoteMapping:
         As `session.with_guest`. `kIOReturnNotPermitted`: a task of another user could truncate the memory, or the
         memory is sealed against writing. `kIOReturnNoResources`: memory is mapped at `at`, or no file descriptor is
         free for the guest. `kIOReturnNoMemory`. `kIOReturnError`: another process had other memory mapped instead.
+        `kIOReturnCannotWire`: with `pinned`, as `RemotePin`.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class RemoteMapping:
         executable: bool = False,
         guard: int = 0,
         private: bool = False,
+        pinned: bool = False,
     ) -> None:
         self.task = task
         self.size = size = sum(extent.length for extent in extents)
@@ -89,6 +94,7 @@ class RemoteMapping:
         attempt.require_unlocked(task.pid, session.PATIENCE)
         self._margin = guard
         self._whole = (0, 0)
+        self._pin: RemotePin | None = None
         self._writable, self._executable = writable, executable
         self._locks = _locks_memory(task)
         self._is_private, self._offset = private, extents[0].offset
@@ -99,30 +105,57 @@ class RemoteMapping:
         alignment = alignment_of(extents)
         try:
             with _reported(task, size, at):
-                self._make(extents, at, PAGE_SIZE if at else alignment)
+                self._make(extents, at, PAGE_SIZE if at else alignment, pinned=pinned)
         except BaseException:
+            self._unpin()
             with contextlib.suppress(IOReturnError):
                 self.close()
             raise
 
-    def _make(self, extents: Sequence[FileExtent], at: int, alignment: int) -> None:
+    def _make(self, extents: Sequence[FileExtent], at: int, alignment: int, *, pinned: bool) -> None:
         def work(guest: Guest) -> None:
             self._map(guest, extents, at, alignment)
 
-        self.stopped_ns = session.with_guest(self.task, work)
+        def work_and_pin(guest: Guest) -> None:
+            self._pin_by(self._map(guest, extents, at, alignment, RemotePin.room(self.size)))
+
+        self.stopped_ns = session.with_guest(self.task, work_and_pin if pinned else work)
         if not self._mapped_ranges(self.address, self.address + self.size):
             # The task has executed another program (execve(2)); the guest mapped into its previous address space.
             self._whole = (0, 0)
+            self._unpin()
             self.stopped_ns = max(self.stopped_ns, session.with_guest(self.task, work, standing=True))
 
-    def _map(self, guest: Guest, extents: Sequence[FileExtent], at: int, alignment: int) -> None:
+    def _pin_by(self, channel: fd_passing.Channel) -> None:
+        """Pin it, unless that is refused."""
+        residency.require(self.address, self.size, swappable=False, task=self.task)
+        try:
+            self._pin = RemotePin(self.task, self.address, self.size, channel)
+        except OSError as error:
+            if isinstance(error, IOReturnError):
+                raise
+
+    def take_pin(self) -> RemotePin | None:
+        """Return the pin, which the caller then releases; None if it was refused, as it will be again."""
+        pin, self._pin = self._pin, None
+        return pin
+
+    def _unpin(self) -> None:
+        if pin := self.take_pin():
+            pin.release()
+
+    def _map(
+        self, guest: Guest, extents: Sequence[FileExtent], at: int, alignment: int, room: int = 0
+    ) -> fd_passing.Channel:
+        """Map extents; return the channel of the guest, with `room` for other data."""
+        channel = fd_passing.Channel(guest, room)
         in_parts = self._margin or self._holes or len(extents) > 1 or alignment > PAGE_SIZE
         reserved = self._reserve(guest, at, alignment) if in_parts else 0
         address = reserved + self._margin if reserved else at
         flags = _MAP_FIXED if reserved else _MAP_FIXED_NOREPLACE if at else 0
         # In a task that has called mlockall(MCL_FUTURE), mmap would fault in every page, charged to the task.
         protection = _PROT_NONE if self._locks else self._protection
-        self.address = self._map_extents(guest, extents, address, flags, protection)
+        self.address = self._map_extents(channel, extents, address, flags, protection)
         if not reserved:
             self._whole = (self.address, self.size)
         if at and self.address != at:  # before Linux 4.17 the address is only a hint
@@ -132,6 +165,7 @@ class RemoteMapping:
             guest.call("munlock", *self._whole)
             for start, size in shmem.accessible(extents, self.address):
                 guest.call("mprotect", start, size, self._protection)
+        return channel
 
     @property
     def _protection(self) -> int:
@@ -153,11 +187,16 @@ class RemoteMapping:
         return aligned
 
     def _map_extents(
-        self, guest: Guest, extents: Sequence[FileExtent], address: int, flags: int, protection: int
+        self,
+        channel: fd_passing.Channel,
+        extents: Sequence[FileExtent],
+        address: int,
+        flags: int,
+        protection: int,
     ) -> int:
         """Map consecutive extents and return the address of the first. A descriptor is sent once for its extents."""
         first = 0
-        channel = fd_passing.Channel(guest)
+        guest = channel.guest
         made = 0 if flags & _MAP_FIXED else MAPPING
         flags |= _MAP_PRIVATE if self._is_private else _MAP_SHARED
         sent = fd_passing.separate if self._writable or self._is_private else fd_passing.read_only
@@ -168,12 +207,13 @@ class RemoteMapping:
             with fd.use() as number, sent(number) as other:
                 channel.send(other)
             receiving = channel.receiving()
-            for extent in run:
-                mapped = self._map_extent(guest, receiving, address, extent, flags, protection, made)
+            of_this = list(run)
+            for number, extent in enumerate(of_this, 1):
+                closing = [call("close", fd_passing.RECEIVED)] if number == len(of_this) else []
+                mapped = self._map_extent(guest, receiving, closing, address, extent, flags, protection, made)
                 receiving, made = (), 0
                 first = first or mapped
                 address = mapped + extent.length
-            guest.call("close", fd_passing.RECEIVED)
         for start, size in shmem.accessible(extents, first):
             self._require_mapped(guest, start, start + size, _files(extents))
         return first
@@ -196,7 +236,8 @@ class RemoteMapping:
     @staticmethod
     def _map_extent(
         guest: Guest,
-        receiving: Sequence[Call],
+        before: Sequence[Call],
+        after: Sequence[Call],
         address: int,
         extent: FileExtent,
         flags: int,
@@ -206,7 +247,7 @@ class RemoteMapping:
         fd = fd_passing.RECEIVED
         mapping = call("mmap", address, extent.length, protection, flags, fd, extent.offset, made=made)
         try:
-            return guest.run(*receiving, mapping)[-1]
+            return guest.run(*before, mapping, *after)[len(before)]
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
@@ -217,7 +258,7 @@ class RemoteMapping:
         alignment_of(extents)
 
         def work(guest: Guest) -> None:
-            self._map_extents(guest, extents, self.address, _MAP_FIXED, self._protection)
+            self._map_extents(fd_passing.Channel(guest), extents, self.address, _MAP_FIXED, self._protection)
             if self._locks:
                 guest.call("munlock", self.address, self.size)
 

@@ -22,10 +22,10 @@ from iobmd._internal import log
 from iobmd._native import uring
 from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
 from iobmd.memory import pinning
-from iobmd.remote import areas, session
-from iobmd.remote.guest import map_scratch
+from iobmd.remote import areas, fd_passing, session
+from iobmd.remote.guest import Result, call
 from iobmd.task import diagnosis
-from iobmd.units import PAGE_SIZE, format_size, round_up
+from iobmd.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from iobmd.task.task import Task
 
 _LARGEST = 1 << 30  # bytes, the maximum of one registered buffer
-_PARAMETERS = 128  # bytes for struct io_uring_params; an array of struct iovec follows in the same mapping
+_PARAMETERS = 128  # bytes for struct io_uring_params, which an array of struct iovec follows
+_VECTOR = struct.Struct("=QQ")  # struct iovec
 _REGISTER_BUFFERS = 0
 _READS = 20  # of the fdinfo of a ring that is busy
 _LATE = 0.1  # seconds until the rings of a killed process no longer count towards its user's RLIMIT_MEMLOCK
@@ -45,13 +46,24 @@ _SLOWEST = 64 << 20  # bytes per second
 class RemotePin:
     """Whole pages of another task, pinned or locked until `release`.
 
+    Parameters
+    ----------
+    task : Task
+        The other task.
+    address, size : int
+        The pages, in bytes.
+    channel : fd_passing.Channel, optional
+        One of a guest of the task, with `room(size)`: the guest pins them, and does not lock them instead.
+
     Raises
     ------
     IOReturnError
         As `session.with_guest`. `kIOReturnCannotWire`: they can be neither pinned nor locked, with the reasons.
+    OSError
+        With `channel`: why they cannot be pinned.
     """
 
-    def __init__(self, task: Task, address: int, size: int) -> None:
+    def __init__(self, task: Task, address: int, size: int, channel: fd_passing.Channel | None = None) -> None:
         self._task = task
         self._range = address, address + size
         self._ring: uring.Ring | None = None
@@ -62,7 +74,10 @@ class RemotePin:
         self._locked: list[tuple[int, int]] = []
         self._owner = os.getpid()
         try:
-            self._pin_or_lock()
+            if channel:
+                self._pin(channel)
+            else:
+                self._pin_or_lock()
         except BaseException:
             with contextlib.suppress(IOReturnError):
                 self.release()
@@ -72,7 +87,7 @@ class RemotePin:
         deadline = time.monotonic() + _LATE
         while True:
             try:
-                return self._with_guest(self._pin)
+                return self._with_guest(self._pin_by_guest)
             except OSError as error:
                 if isinstance(error, IOReturnError):
                     raise
@@ -96,17 +111,26 @@ class RemotePin:
         address, end = self._range
         return [(start, min(_LARGEST, end - start)) for start in range(address, end, _LARGEST)]
 
-    def _pin(self, guest: Guest) -> None:
-        buffers = self._buffers()
-        vectors = b"".join(struct.pack("=QQ", *buffer) for buffer in buffers)
-        room = round_up(_PARAMETERS + len(vectors), PAGE_SIZE)
-        scratch = guest.run(map_scratch(room))[-1]
-        guest.write(scratch + _PARAMETERS, vectors)
-        ring = guest.call("io_uring_setup", 1, scratch)
-        where = scratch + _PARAMETERS
+    @staticmethod
+    def room(size: int) -> int:
+        """Return the bytes that a channel must have for the arguments of a pin."""
+        return _PARAMETERS + _VECTOR.size * -(-size // _LARGEST)
+
+    def _pin_by_guest(self, guest: Guest) -> None:
+        address, end = self._range
+        self._pin(fd_passing.Channel(guest, self.room(end - address)))
+
+    def _pin(self, channel: fd_passing.Channel) -> None:
+        guest, buffers = channel.guest, self._buffers()
+        placed = channel.placing(bytes(_PARAMETERS) + b"".join(_VECTOR.pack(*buffer) for buffer in buffers))
+        vectors = channel.data + _PARAMETERS
         with self._faulting():
-            arguments = ring, _REGISTER_BUFFERS, where, len(buffers)
-            guest.call("io_uring_register", *arguments, deadline=self._deadline(*self._range))
+            ring = guest.run(
+                placed,
+                call("io_uring_setup", 1, channel.data),
+                call("io_uring_register", Result(1), _REGISTER_BUFFERS, vectors, len(buffers)),
+                deadline=self._deadline(*self._range),
+            )[1]
         self._ring = uring.Ring(guest.fetch(ring))
         if not self.holds_frames:  # the task can write to the memory of these arguments
             message = f"cannot pin memory of task {self._task.pid}: it overwrote the arguments of io_uring_register"

@@ -11,6 +11,8 @@ from support.targets import Target
 
 import iobmd
 from iobmd import IOReturn, Task, Wiring, procfs
+from iobmd.remote.fd_passing import Channel
+from iobmd.remote.mapping import RemoteMapping
 from iobmd.remote.pin import RemotePin
 
 MIB = 1 << 20
@@ -103,6 +105,42 @@ def test_its_frames_are_those_of_the_task(target: Target) -> None:
         buffer.complete()
         assert (one := area(buffer.getBytesNoCopy(), target.pid)) is not None
         assert one.perms == "r--p"
+
+
+def test_a_pin_needs_no_further_stop(target: Target) -> None:
+    """The process that maps the memory pins it too. A stop is several sleeps of the thread (voluntary switches)."""
+
+    def sleeps(*, wired: bool) -> int:
+        before = int(procfs.status(target.pid)["voluntary_ctxt_switches"])
+        with iobmd.allocate(SIZE, task=target.pid, wired=wired) as buffer:
+            after = int(procfs.status(target.pid)["voluntary_ctxt_switches"])
+            assert buffer.wiring is (Wiring.PINNED if wired else Wiring.PAGEABLE)
+        return after - before
+
+    pageable, pinned = (min(sleeps(wired=wired) for _ in range(5)) for wired in (False, True))
+    assert pageable >= 4, "the control"
+    assert pinned < pageable * 1.5
+
+
+@pytest.mark.needs("frames")
+@pytest.mark.usefixtures("nothing_left")
+def test_a_program_is_executed_after_it_is_pinned(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is mapped and pinned again, in the new program."""
+    pin = RemoteMapping._pin_by
+
+    def execute(self: RemoteMapping, channel: Channel) -> None:
+        pin(self, channel)
+        target.tell("os.execv(sys.executable, sys.orig_argv)")
+        assert target.line() == "ready"
+
+    monkeypatch.setattr(RemoteMapping, "_pin_by", execute)
+    with iobmd.allocate(SIZE, task=target.pid) as buffer:
+        address = buffer.getBytesNoCopy()
+        buffer.writeBytes(0, b"again")
+        assert ask(target, f"ctypes.string_at({address}, 5)") == b"again"
+        there = kernel.frames(address, SIZE, target.pid)
+        assert list(buffer.page_addresses()) == [frame * kernel.PAGE for frame in there]
+        buffer.verify()
 
 
 @pytest.mark.usefixtures("nothing_left")

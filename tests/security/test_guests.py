@@ -154,7 +154,7 @@ def test_memory_of_another_process_in_place_of_that_of_this_one(
     real = Channel.send
 
     def send(self: Channel, fd: int) -> None:
-        pid, header = self._guest.pid, self._header()
+        pid, header = self.guest.pid, self._header()
 
         def inject() -> None:
             with socket.socket(fileno=steal(pid, NEAR)) as near, memfd(SIZE) as memory:

@@ -178,11 +178,11 @@ def code_of_truncation(fd: int, size: int = 0) -> str:
 def test_what_a_stolen_ring_unregisters_is_not_called_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     with Target([sys.executable, "-c", PROGRAM]) as target:
         address = int(target.line())
-        rings: list[int] = []
+        stolen: list[int] = []
         real = Guest.fetch
 
         def fetch(self: Guest, fd: int) -> int:
-            rings.append(steal(self.pid, fd))
+            stolen.append(steal(self.pid, fd))
             return real(self, fd)
 
         monkeypatch.setattr(Guest, "fetch", fetch)
@@ -191,8 +191,9 @@ def test_what_a_stolen_ring_unregisters_is_not_called_pinned(monkeypatch: pytest
             assert memory.wiring is Wiring.PINNED
             assert memory.segments()
             libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.syscall(SYS_IO_URING_REGISTER, rings[0], UNREGISTER_BUFFERS, None, 0) == 0
-            os.close(rings[0])
+            assert libc.syscall(SYS_IO_URING_REGISTER, stolen[-1], UNREGISTER_BUFFERS, None, 0) == 0
+            for fd in stolen:
+                os.close(fd)
             assert memory.wiring is Wiring.PAGEABLE
             assert code_of(memory.segments) == IOReturn.kIOReturnNotReady
             assert code_of(memory.verify) == IOReturn.kIOReturnNotReady
@@ -204,14 +205,16 @@ def test_a_pin_of_other_memory_than_was_asked_for(monkeypatch: pytest.MonkeyPatc
     """A thread of the target changes the address to be pinned before the call that reads it."""
     with Target([sys.executable, "-c", PROGRAM]) as target:
         address = int(target.line())
-        real = Guest.write
 
-        def write(self: Guest, where: int, data: bytes) -> None:
-            real(self, where, data)
-            self.task.write(where, (int.from_bytes(data[:8], "little") + PAGE_SIZE).to_bytes(8, "little"))
+        def change(guest: Guest, one: Call) -> None:
+            if one.name == "io_uring_register":
+                vector = one.arguments[2]
+                assert guest.task.write(vector, (address + PAGE_SIZE).to_bytes(8, "little"))
 
-        monkeypatch.setattr(Guest, "write", write)
-        with IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, target.pid) as memory:
+        with (
+            one_by_one(monkeypatch, before=change, after=lambda _guest, _one: None),
+            IOMemoryDescriptor.withAddressRange(address, 64 << 10, 3, target.pid) as memory,
+        ):
             assert code_of(memory.prepare) == IOReturn.kIOReturnCannotWire
             assert memory.wiring is Wiring.PAGEABLE
         target.tell()
