@@ -173,7 +173,7 @@ struct iobmd_tracer {
     int succeeds;               /* it takes the place of one that was killed */
     volatile int seizing;       /* iobmd_seizing */
     int64_t reaped_ns;          /* when dead threads were last reaped */
-    int spins;             /* whether to spin before sleeping: the stopped thread runs on another processor */
+    int spins;             /* whether to spin before sleeping: the tracee runs on another processor, or may */
     long guest_there, child_there;  /* in the pid namespace of the task */
     long guest_began, child_began;  /* iobmd_began */
     pid_t made;                 /* by the last clone */
@@ -1131,7 +1131,9 @@ static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int
 {
     int status;
     if (!t->guest || t->guest_is_stuck) return IOBMD_ENDED;
+    t->spins = !t->is_thread;  /* most calls are short */
     status = iobmd_run_in(t, t->guest, calls, count, until, may_give_up);
+    t->spins = 0;
     t->guest_is_stuck = status && status != IOBMD_FAILED;
     return status;
 }
