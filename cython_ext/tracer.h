@@ -173,7 +173,8 @@ struct iobmd_tracer {
     int succeeds;               /* it takes the place of one that was killed */
     volatile int seizing;       /* iobmd_seizing */
     int64_t reaped_ns;          /* when dead threads were last reaped */
-    int spins;             /* whether to spin before sleeping: the tracee runs on another processor, or may */
+    int is_far;            /* whether the thread that was stopped last ran on another processor */
+    int spins;             /* whether to spin before sleeping, because the tracee runs on another processor */
     long guest_there, child_there;  /* in the pid namespace of the task */
     long guest_began, child_began;  /* iobmd_began */
     pid_t made;                 /* by the last clone */
@@ -987,7 +988,7 @@ static int iobmd_stop(struct iobmd_tracer *t, const struct iobmd_thread *threads
         if (status == IOBMD_REFUSED || status == IOBMD_FOREIGN_THREAD) return status;
         if (status) continue;
         if (late < t->lates) t->late[late] = t->late[--t->lates];
-        t->spins = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
+        t->spins = t->is_far = !t->is_thread && iobmd_now() - thread.begun_ns > IOBMD_FAR_NS;
         result = iobmd_use(t, &thread, calls, count);
         t->spins = 0;
         if (!iobmd_detach(t, &thread)) iobmd_add_late(t, &thread);
@@ -1131,9 +1132,7 @@ static int iobmd_run_guest(struct iobmd_tracer *t, struct iobmd_call *calls, int
 {
     int status;
     if (!t->guest || t->guest_is_stuck) return IOBMD_ENDED;
-    t->spins = !t->is_thread;  /* most calls are short */
     status = iobmd_run_in(t, t->guest, calls, count, until, may_give_up);
-    t->spins = 0;
     t->guest_is_stuck = status && status != IOBMD_FAILED;
     return status;
 }
@@ -1610,7 +1609,10 @@ static int iobmd_do(struct iobmd_tracer *t, int command)
         iobmd_take_guest(t, t->calls, t->count, status);
         return !status && t->guest ? iobmd_receive(t, t->guest) : status;
     case IOBMD_RUN:
-        return iobmd_run_guest(t, t->calls, t->count, t->deadline_ns, t->may_wait);
+        t->spins = t->is_far;  /* most calls are short */
+        status = iobmd_run_guest(t, t->calls, t->count, t->deadline_ns, t->may_wait);
+        t->spins = 0;
+        return status;
     case IOBMD_FREEZE:
         status = iobmd_freeze(t);
         iobmd_close_objects(t);

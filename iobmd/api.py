@@ -205,7 +205,8 @@ def copy(
     timeout : float, optional
         Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
-        Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`.
+        Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`; by a lazy
+        copy, not at all.
     wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node, secret
         As for `allocate`; the buffer is allocated in this process.
 

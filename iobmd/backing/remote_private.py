@@ -9,6 +9,7 @@ from iobmd._native.mapping import ClosedError, Mapping
 from iobmd.backing.mapped import span
 from iobmd.backing.ranges import RangeBacking
 from iobmd.errors import CannotWireError, NotOpenError, UnsupportedError, VMError
+from iobmd.host import headroom
 from iobmd.memory.mlock import Wiring
 from iobmd.remote.mapping import RemoteMapping, private_extent
 from iobmd.remote.pin import RemotePin
@@ -39,14 +40,17 @@ class RemotePrivateBacking(RangeBacking):
     Raises
     ------
     IOReturnError
-        As `RemoteMapping` and `RangeBacking.pin`.
+        As `RemoteMapping`, `RangeBacking.pin` and `headroom.require`.
     """
 
     def __init__(self, task: Task, size: int, *, wired: bool, placement: Placement) -> None:
         self._lock: RemotePin | None = None  # while it is wired, but not pinned
         self._is_left = False
         extent = private_extent(span(0, size))
+        pinned = wired and "w" in placement.protection  # a pin requires write access
         try:
+            if pinned:
+                headroom.require(extent.length, swappable=False, pid=task.pid)
             self._there = RemoteMapping(
                 task,
                 [extent],
@@ -54,7 +58,7 @@ class RemotePrivateBacking(RangeBacking):
                 writable="w" in placement.protection,
                 executable="x" in placement.protection,
                 private=True,
-                pinned=wired and "w" in placement.protection,  # a pin requires write access
+                pinned=pinned,
             )
         finally:
             if extent.fd:

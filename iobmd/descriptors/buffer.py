@@ -135,7 +135,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         timeout : float, optional
             Seconds to wait for another program, as for `Task.read`.
         progress : callable, optional
-            Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`.
+            Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`; by a
+            lazy copy, not at all.
 
         Raises
         ------

@@ -3,7 +3,8 @@
 They are sent through a socket pair that the guest creates. This process fetches one end of the pair (pidfd_getfd(2),
 Linux 5.6), so that the namespaces and the root directory of the task do not matter. The guest has its own descriptor
 table: no thread of the task can copy, replace or redirect a descriptor in it. The task can overwrite the memory that
-these calls use, data included; nothing is read back from it.
+these calls use, data included; nothing is read back from it. To write data to absent pages of the task, this process
+would need a child that can be killed if the page faults are not served (`iobmd.task.attempt`), and a millisecond.
 
 A process that may trace the task can nevertheless copy the descriptor from the guest (pidfd_getfd). Memory that is
 mapped read-only there is therefore sent by `read_only`, other memory by `separate`.
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 
 _MSG_CMSG_CLOEXEC = 0x40000000
 
-# Offsets in the scratch memory: the two ends of the socket pair, a struct msghdr with what it points to, and data.
+# Offsets in the scratch memory: the ends of the socket pair, a struct msghdr with the objects it points to, data.
 _ENDS, _MESSAGE, _VECTOR, _BYTE, _CONTROL, _DATA = 0, 64, 128, 192, 256, 512
 _CONTROL_SIZE = 64
-_PACKET = 64 << 10  # bytes of data; the kernel accepts about 200 KiB
 
 # Descriptor numbers of the guest, whose table was empty: the lowest free number is allocated first.
 _NEAR, _FAR, RECEIVED = 0, 1, 2
@@ -81,18 +81,10 @@ class Channel:
         )
 
     def placing(self, data: bytes) -> Call:
-        """Send data to the guest; return the call by which it writes them, or the last of them, to `data`.
-
-        Raises OSError.
-        """
-        for start in range(0, len(data), _PACKET):
-            packet = data[start : start + _PACKET]
-            with socket.socket(fileno=self.guest.fetch(_NEAR)) as near:
-                near.send(packet, socket.MSG_DONTWAIT)
-            received = call("recvfrom", _FAR, self.data + start, len(packet), socket.MSG_DONTWAIT, 0, 0)
-            if start + _PACKET < len(data):
-                self.guest.run(received)
-        return received
+        """Send data to the guest; return the call by which it writes them to `data`. Raises OSError."""
+        with socket.socket(fileno=self.guest.fetch(_NEAR)) as near:
+            near.send(data, socket.MSG_DONTWAIT)
+        return call("recvfrom", _FAR, self.data, len(data), socket.MSG_DONTWAIT, 0, 0)
 
     def _near_end(self) -> int:
         guest = self.guest

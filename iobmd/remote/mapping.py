@@ -1,7 +1,8 @@
 """Mappings of shared objects, and of private memory, in another task.
 
 A guest makes them (`remote.guest`): it runs in the task's address space, and receives the descriptors of the objects
-by `remote.fd_passing`. Which objects may be mapped in which task: `remote.trust`.
+by `remote.fd_passing`. It also pins private memory, so that the task is not stopped again for that. Which objects may
+be mapped in which task: `remote.trust`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from iobmd._internal.process_local import Fd
 from iobmd.constants import IOReturn
 from iobmd.errors import IOReturnError, NoResourcesError, NotFoundError, UnsupportedError
 from iobmd.host import limits
-from iobmd.memory import residency, shmem
+from iobmd.memory import shmem
 from iobmd.memory.shmem import NO_FD, FileExtent, alignment_of
 from iobmd.remote import fd_passing, session, trust
 from iobmd.remote.guest import MAPPING, call
@@ -56,7 +57,7 @@ class RemoteMapping:
     private : bool
         Whether it is a private mapping of the only extent (`private_extent`).
     pinned : bool
-        Whether the guest that maps it is to pin it too (`take_pin`).
+        Whether the guest that maps it is to pin it too (`take_pin`). The caller has checked that the pages fit.
 
     Attributes
     ----------
@@ -107,7 +108,6 @@ class RemoteMapping:
             with _reported(task, size, at):
                 self._make(extents, at, PAGE_SIZE if at else alignment, pinned=pinned)
         except BaseException:
-            self._unpin()
             with contextlib.suppress(IOReturnError):
                 self.close()
             raise
@@ -128,7 +128,6 @@ class RemoteMapping:
 
     def _pin_by(self, channel: fd_passing.Channel) -> None:
         """Pin it, unless that is refused."""
-        residency.require(self.address, self.size, swappable=False, task=self.task)
         try:
             self._pin = RemotePin(self.task, self.address, self.size, channel)
         except OSError as error:
@@ -136,7 +135,7 @@ class RemoteMapping:
                 raise
 
     def take_pin(self) -> RemotePin | None:
-        """Return the pin, which the caller then releases; None if it was refused, as it will be again."""
+        """Return the pin, which the caller then releases; None if it was refused."""
         pin, self._pin = self._pin, None
         return pin
 
@@ -207,9 +206,9 @@ class RemoteMapping:
             with fd.use() as number, sent(number) as other:
                 channel.send(other)
             receiving = channel.receiving()
-            of_this = list(run)
-            for number, extent in enumerate(of_this, 1):
-                closing = [call("close", fd_passing.RECEIVED)] if number == len(of_this) else []
+            parts = list(run)
+            for index, extent in enumerate(parts):
+                closing = [call("close", fd_passing.RECEIVED)] if index == len(parts) - 1 else []
                 mapped = self._map_extent(guest, receiving, closing, address, extent, flags, protection, made)
                 receiving, made = (), 0
                 first = first or mapped
@@ -328,6 +327,7 @@ class RemoteMapping:
         IOReturnError
             As `session.with_guest`; the memory is then still mapped.
         """
+        self._unpin()
         _start, size = self._whole
         if not size or self._owner != os.getpid():  # in a forked child: the parent unmaps it
             return

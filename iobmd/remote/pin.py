@@ -154,7 +154,8 @@ class RemotePin:
 
     def _lock_instead(self, pinning: OSError) -> None:
         address, end = self._range
-        self.refusal = f"cannot pin memory of task {self._task.pid}: {host.why_not_pinned(pinning)[0]}"
+        why = _why(pinning)
+        self.refusal = f"cannot pin memory of task {self._task.pid}: {why}"
         log.debug("%s; locking it there (mlock)", self.refusal)
         try:
             unlocked = _not_locked(self._task, address, end)
@@ -162,7 +163,6 @@ class RemotePin:
         except IOReturnError:
             raise
         except OSError as error:
-            why = host.why_not_pinned(pinning)[0]
             message = (
                 f"cannot pin or lock {format_size(end - address)} of task {self._task.pid}: pinning: {why}; locking: "
                 f"{error.strerror} (its RLIMIT_MEMLOCK, or inaccessible pages)"
@@ -228,6 +228,11 @@ class RemotePin:
     def __del__(self) -> None:
         with contextlib.suppress(IOReturnError, AttributeError):  # the constructor was interrupted
             self.release(wait=False)
+
+
+def _why(error: OSError) -> str:
+    """Return why memory could not be pinned: io_uring, or another call, failed."""
+    return host.why_not_pinned(error)[0] if "io_uring" in str(error) else str(error.strerror)
 
 
 def _registered(ring: uring.Ring) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from support.threads import on_one_processor, run_all
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, Task, kernel_task, kIOMemoryPageable
+from iobmd._internal import chunked
 from iobmd.units import PAGE_SIZE
 
 Start = Callable[..., SourceProcess]
@@ -263,6 +264,7 @@ def test_progress_ends_with_the_size(
     size: int, freeze: bool, start_source: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if other threads copy all chunks, as on a busy machine."""
+    monkeypatch.setattr(chunked, "threads", lambda _size, _most: 2)
     monkeypatch.setattr(_thread, "start_new_thread", lambda work, arguments: work(*arguments))
     source = start_source(BIG, "only-anonymous")
     seen: list[int] = []

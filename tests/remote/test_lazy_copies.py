@@ -70,6 +70,13 @@ def program() -> Iterator[Program]:
         yield Program(process)
 
 
+def test_the_snapshot_is_scheduled_like_its_process(program: Program) -> None:
+    """The processes of a new session form a group for the scheduler, which a busy machine may not run for seconds."""
+    with program.copied():
+        (pid,) = map(int, program.children.split())
+        assert (os.getsid(pid), os.getpgid(pid)) == (os.getsid(program.process.pid), os.getpgid(program.process.pid))
+
+
 def test_the_contents_are_those_of_the_call(program: Program) -> None:
     with program.copied() as copy:
         program.fill("a")

@@ -1,6 +1,7 @@
 """Another process of a target's user that disturbs the guest in it, at any of its system calls."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from support.rawmemory import memfd
 from support.targets import Target, children, until, until_at_rest
 
 import iobmd
-from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, procfs
+from iobmd import IOMemoryDescriptor, IOReturn, IOReturnError, Wiring, procfs
 from iobmd.remote.fd_passing import Channel
 from iobmd.remote.guest import Guest
 from iobmd.units import PAGE_SIZE
@@ -52,11 +53,16 @@ def allocate(pid: int) -> None:
     iobmd.allocate(SIZE, task=pid, wired=False).free()
 
 
-def prepare(pid: int) -> None:
+def prepared_stack(pid: int) -> IOMemoryDescriptor:
+    """Return a page of the stack, prepared."""
     stack = next(area for area in procfs.maps(pid) if area.name == "[stack]")
-    with IOMemoryDescriptor.withAddressRange(stack.end - PAGE_SIZE, PAGE_SIZE, 3, pid) as memory:
-        memory.prepare()
-        memory.complete()
+    memory = IOMemoryDescriptor.withAddressRange(stack.end - PAGE_SIZE, PAGE_SIZE, 3, pid)
+    memory.prepare()
+    return memory
+
+
+def prepare(pid: int) -> None:
+    prepared_stack(pid).complete()
 
 
 WORK = {"allocate": allocate, "prepare": prepare}
@@ -113,6 +119,42 @@ def test_a_stolen_message(target: Target, monkeypatch: pytest.MonkeyPatch) -> No
         code = code_of(lambda: allocate(target.pid))
     assert code == IOReturn.kIOReturnError
     assert time.monotonic() - begin < 5
+
+
+def take(pid: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        drain(pid)
+
+
+def forge(pid: int) -> None:
+    """Replace the arguments of a pin: the first struct iovec then contains another address."""
+    with socket.socket(fileno=steal(pid, FAR)) as far, socket.socket(fileno=steal(pid, NEAR)) as near:
+        data = bytearray(far.recv(4096, socket.MSG_DONTWAIT))
+        at = next(at for at in range(0, len(data), 8) if any(data[at : at + 8]))
+        address = int.from_bytes(data[at : at + 8], "little")
+        data[at : at + 8] = (address - PAGE_SIZE).to_bytes(8, "little")
+        near.send(data)
+
+
+def test_arguments_of_a_pin_that_are_stolen(
+    target: Target, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The memory is locked instead, and the reason is named."""
+    caplog.set_level(logging.DEBUG, "iobmd")
+    with before_call("recvfrom", lambda guest: by_another_process(take, guest), monkeypatch):
+        memory = prepared_stack(target.pid)
+    assert memory.wiring is Wiring.RESIDENT
+    assert f"cannot pin memory of task {target.pid}: recvfrom in task" in caplog.text
+    memory.complete()
+
+
+def test_arguments_of_a_pin_that_are_forged(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other memory than was asked for is not called pinned."""
+    with (
+        before_call("recvfrom", lambda guest: by_another_process(forge, guest), monkeypatch),
+        pytest.raises(iobmd.CannotWireError, match="overwrote the arguments"),
+    ):
+        prepared_stack(target.pid)
 
 
 def fill(pid: int) -> None:

@@ -128,6 +128,7 @@ def test_names_are_shown_without_control_characters(form: str, capsys: pytest.Ca
             )
             with pytest.raises(iobmd.IOReturnError) as caught:
                 existing.prepare()
+            assert "/dmabuf:\\x1b[2J" in str(caught.value)
             assert str(caught.value).isprintable()
 
 
