@@ -29,6 +29,7 @@ SLOTS = 1 << 14  # maximum for a table (IORING_MAX_REG_BUFFERS)
 FIRST_SLOTS = 1 << 8  # tables start small, because the kernel searches all of it for each huge page
 LARGEST = 1 << 30  # maximum for a slot
 _LATE = 0.2  # seconds after which a closed ring is uncharged: a kernel worker takes up to 25 ms
+_LATEST = 1.5  # seconds after which an ended pin is uncharged: the worker of Linux 6.1 begins after a second
 
 
 class _Pins:
@@ -38,7 +39,7 @@ class _Pins:
         self._tables: list[uring.Table] = []
         self._single: list[uring.Table] = []
         self._no_tables = False
-        self._closed_at = 0.0
+        self._closed_at = self._unpinned_at = 0.0
 
     def pin(self, address: int, size: int) -> uring.Slot:
         """Pin up to 1 GiB. Raises OSError."""
@@ -73,6 +74,7 @@ class _Pins:
         """Release the slots."""
         for slot in slots:
             slot.release()
+        self._unpinned_at = time.monotonic()
         if self._no_tables:
             self.expect_uncharging()
             self._single = [table for table in self._single if table.ring >= 0]
@@ -81,13 +83,17 @@ class _Pins:
         """Note that a ring was closed, which temporarily still counts towards the RLIMIT_MEMLOCK of this user."""
         self._closed_at = time.monotonic()
 
+    def may_uncharge(self) -> bool:
+        """Return whether pins that have ended may still count towards RLIMIT_MEMLOCK."""
+        return time.monotonic() - max(self._closed_at, self._unpinned_at) < _LATEST
+
     def forget(self) -> None:
         """Drop the rings in a forked child, which has closed its copies; the parent continues to use them."""
         self.__init__()  # type: ignore[misc]
 
 
 _pins = _Pins()
-expect_uncharging = _pins.expect_uncharging
+expect_uncharging, may_uncharge = _pins.expect_uncharging, _pins.may_uncharge
 os.register_at_fork(after_in_child=_pins.forget)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -27,7 +28,7 @@ from iobmd.errors import (
     UnsupportedError,
 )
 from iobmd.host import limits
-from iobmd.memory import mlock
+from iobmd.memory import mlock, pinning
 from iobmd.memory.mlock import Wiring
 from iobmd.task import obstacles
 from iobmd.units import PAGE_SIZE, format_size, round_down, round_up
@@ -60,7 +61,7 @@ class MemoryRegion(MR):  # type: ignore[misc]
             undo.enter_context(memoryview(mapped))
             address, length = mapped.getAddress(), mapped.getLength()
             try:
-                mlock.within_limits(lambda: self._register(pd, length, access, address))
+                mlock.within_limits(lambda: self._register_patiently(pd, length, access, address))
             except OSError as error:
                 raise _refused(descriptor, address, length, error) from None
             self._makers[id(self)] = os.getpid()
@@ -69,6 +70,15 @@ class MemoryRegion(MR):  # type: ignore[misc]
             self.descriptor = descriptor
             self._held = undo.pop_all()
         registrations.add(descriptor._memory(), self)
+
+    def _register_patiently(self, pd: PD, length: int, access: int, address: int) -> None:
+        while True:
+            try:
+                return self._register(pd, length, access, address)
+            except OSError as error:
+                if error.errno != errno.ENOMEM or not pinning.may_uncharge():
+                    raise
+            time.sleep(0.01)
 
     def _register(self, pd: PD, length: int, access: int, address: int) -> None:
         """Call the constructor of pyverbs, whose error is no OSError."""
