@@ -86,6 +86,7 @@ _LINKS = {
     "Mapped": "iobmd.IOMemoryDescriptor",
     "Where": "iobmd.pagemap.range.Where",
     "Target": "iobmd.pagemap.Target",
+    "Wired": "iobmd.Wired",
     "JSON": "json.dumps",
     "Path": "pathlib.Path",
     "Progress": "collections.abc.Callable",

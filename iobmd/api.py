@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Direction: TypeAlias = Literal["none", "in", "out", "inout"]
     Protection: TypeAlias = Literal["r", "rw", "rx", "rwx"]
     Secret: TypeAlias = bool | Literal["concealed"]
+    Wired: TypeAlias = bool | Literal["try"]
 
 # Plain integers: an operation on enumeration members takes 2 µs, not much less than a small buffer.
 DIRECTIONS = {name: direction for direction, name in enumerate(DIRECTION_NAMES)}
@@ -51,7 +52,7 @@ def allocate(
     size: int,
     *,
     task: AnyTask | None = kernel_task,
-    wired: bool = True,
+    wired: Wired = True,
     contiguous: bool = False,
     purgeable: bool = False,
     shared: bool = False,
@@ -172,7 +173,7 @@ def copy(
     unreadable: Literal["raise", "zero"] = "raise",
     timeout: float | None = None,
     progress: Progress | None = None,
-    wired: bool = True,
+    wired: Wired = True,
     contiguous: bool = False,
     purgeable: bool = False,
     shared: bool = False,
@@ -290,9 +291,7 @@ def _options(*names: object) -> int:
         return _options_for(*names)  # type: ignore[arg-type]
 
 
-def _options_for(
-    wired: bool | str, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str
-) -> int:
+def _options_for(wired: Wired, contiguous: bool, purgeable: bool, shared: bool, cache: str, direction: str) -> int:
     check_flags(_TRY, wired=wired)
     check_flags(contiguous=contiguous, purgeable=purgeable, shared=shared)
     options = _named(DIRECTIONS, "direction", direction) | _named(CACHES, "cache", cache)
@@ -307,7 +306,7 @@ def _options_for(
 @functools.lru_cache(maxsize=256, typed=True)
 def _known_request(
     size: int,
-    wired: bool,
+    wired: Wired,
     contiguous: bool,
     purgeable: bool,
     shared: bool,

@@ -50,6 +50,8 @@ def buffers() -> None:
         if buf.wiring is Wiring.PINNED:
             assert_type(buf.prepare(), IOReturn)
             assert_type(buf.complete(), IOReturn)
+    with iobmd.allocate(PAGE_SIZE, wired="try") as optional:
+        assert_type(optional.wiring, Wiring)
     with OwnBuffer.withOptions(iobmd.kIODirectionInOut, 100) as own:
         assert_type(own, OwnBuffer)
     with OwnBuffer.withBytes(b"abc", iobmd.kIODirectionOut) as filled:
@@ -122,6 +124,8 @@ if TYPE_CHECKING:
     iobmd.allocate("4k")  # type: ignore[arg-type]
     iobmd.allocate(PAGE_SIZE, cache="writeback")  # type: ignore[arg-type]
     iobmd.allocate(PAGE_SIZE, direction="outin")  # type: ignore[arg-type]
+    iobmd.allocate(PAGE_SIZE, wired="no")  # type: ignore[arg-type]
+    iobmd.allocate(PAGE_SIZE, secret="concealed", protection="w")  # type: ignore[arg-type]
     iobmd.allocate(PAGE_SIZE, task="init")  # type: ignore[arg-type]
     iobmd.copy(1, 0, 1, wird=False)  # type: ignore[call-arg]
     iobmd.copy(1, 0, 1, unreadable="skip")  # type: ignore[arg-type]
