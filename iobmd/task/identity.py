@@ -84,12 +84,15 @@ class PsutilProcess(Process, Protocol):
 
 
 def pid_of(process: int | Process) -> int:
-    """Return the pid of a process; raise `kIOReturnBadArgument` for anything but a pid or a psutil.Process."""
+    """Return the pid of a process; raise `kIOReturnBadArgument` for None and for numbers that cannot be pids.
+
+    Raises TypeError for anything but a pid or a psutil.Process.
+    """
     if process is None:
         raise BadArgumentError("a task is required, not None")
     number = process if isinstance(process, SupportsIndex) else getattr(process, "pid", None)
     if number is None:
-        raise BadArgumentError(f"{process!r} is neither a task nor a process")
+        raise TypeError(f"a task must be a Task, a pid or a psutil.Process, not {process!r}")
     pid = index(number)
     if isinstance(process, bool) or not 0 < pid < 1 << 31:
         raise BadArgumentError(f"{process!r} is not a process id")

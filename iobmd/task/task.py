@@ -45,6 +45,8 @@ class Task:
         `kIOReturnNotFound`: there is no such process. `kIOReturnBadArgument`: not a process id.
         `kIOReturnNotPermitted`: /proc hides it (hidepid). `kIOReturnUnsupported`: /proc is not mounted, or belongs to
         another pid namespace and a psutil.Process is passed.
+    TypeError
+        `process` is neither a pid nor a psutil.Process.
 
     Notes
     -----

@@ -182,6 +182,20 @@ def test_a_text_is_not_true(flag: str) -> None:
             call(bad)
 
 
+@pytest.mark.parametrize("bad", ["init", 1.5, b"1", [1]])
+def test_a_wrong_type_of_task_is_a_type_error(bad: Any) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: iobmd.Task(bad),
+        lambda: iobmd.allocate(PAGE_SIZE, task=bad),
+        lambda: iobmd.copy(bad, 0, 1),
+        lambda: iobmd.snapshot(bad),
+        lambda: iobmd.IOMemoryDescriptor.withAddressRange(0, 1, iobmd.kIODirectionIn, bad),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"^a task must be a Task, a pid or a psutil\.Process, not "):
+            call()
+
+
 def test_what_operator_index_accepts_is_an_integer() -> None:
     class Number:
         def __index__(self) -> int:
