@@ -1,5 +1,6 @@
 """The programs in docs/examples and docs/migration, as a user runs them."""
 
+import mmap
 import os
 import re
 import shutil
@@ -55,6 +56,7 @@ def port(name: str, *arguments: str) -> str:
         pytest.param("hugetlbfs", "4 MiB at 0x[0-9a-f]+, without a pool", marks=pytest.mark.needs("frames")),
         pytest.param("shared_memory", r"\[1, 2\]"),
         pytest.param("u_dma_buf", "1024 KiB at 0x[0-9a-f]+", marks=pytest.mark.needs("frames")),
+        pytest.param("dpdk", "2 MiB at 0x[0-9a-f]+ of node 0", marks=pytest.mark.needs("frames")),
         pytest.param("pynq_buffer", "523776 at 0x[0-9a-f]+", marks=pytest.mark.needs("frames", "numpy")),
     ],
 )
@@ -90,6 +92,31 @@ def test_port_of_smem(tmp_path: Path) -> None:
         row = output.splitlines()[1].split()
         assert [int(row[1]), int(row[3])] == sizes
         assert row[-1] == "sleep"
+
+
+def test_port_of_pmap() -> None:
+    with sleeping() as target:
+        until_at_rest(target.pid)
+        output, sizes = unchanged("pmap", target.pid, ("Rss",))
+        _titles, *rows, total = output.splitlines()
+        shown = [(row.split()[0], row.split()[3]) for row in rows]
+        maps = [line.split()[:2] for line in Path(f"/proc/{target.pid}/maps").read_text().splitlines()]
+        areas = [(f"{int(addresses.partition('-')[0], 16):016x}", perms) for addresses, perms in maps]
+        assert shown == [area for area in areas if not area[0].startswith("ff")]  # without [vsyscall]
+        assert [int(total.split()[2])] == sizes
+
+
+def test_port_of_vmtouch(tmp_path: Path) -> None:
+    """A file that is locked in memory, and one without pages, because nothing was written to it or read from it."""
+    size, locked = 16 * mmap.PAGESIZE, mmap.MAP_SHARED | 0x2000  # MAP_LOCKED, which mmap does not define
+    cached, sparse = tmp_path / "cached", tmp_path / "sparse"
+    cached.write_bytes(bytes(size))
+    sparse.touch()
+    os.truncate(sparse, size)
+    with cached.open("r+b") as opened, mmap.mmap(opened.fileno(), size, locked):
+        first, second = port("vmtouch", str(cached), str(sparse)).splitlines()
+    assert first == f"{size >> 10:8} KiB  100%  [{'O' * 16}]  {cached}"
+    assert second == f"{0:8} KiB    0%  [{' ' * 16}]  {sparse}"
 
 
 @pytest.mark.needs("frames")
