@@ -156,6 +156,8 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
     ------
     IOReturnError
         `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a buffer that is mapped in no task).
+    TypeError
+        The target is of another type.
     """
     if isinstance(target, Where):
         return target
@@ -171,6 +173,5 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
     try:
         held = HeldBuffer(target, False)
     except TypeError:
-        message = f"{target!r} is neither a task, nor a process id, nor a buffer"
-        raise BadArgumentError(message) from None
+        raise TypeError(f"target must be a task, a process id or a buffer, not {target!r}") from None
     return Where(kernel_task, held.address, held.address + held.size, held)

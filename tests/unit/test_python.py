@@ -196,6 +196,12 @@ def test_a_wrong_type_of_task_is_a_type_error(bad: Any) -> None:
             call()
 
 
+def test_a_wrong_type_of_target_is_a_type_error() -> None:
+    for function in (iobmd.pagemap.areas, iobmd.pagemap.pages, iobmd.pagemap.runs, iobmd.pagemap.counts):
+        with pytest.raises(TypeError, match=r"^target must be a task, a process id or a buffer, not 'init'"):
+            list(function("init"))  # type: ignore[operator]
+
+
 def test_what_operator_index_accepts_is_an_integer() -> None:
     class Number:
         def __index__(self) -> int:
