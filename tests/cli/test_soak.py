@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from iobmd.tools.soak import events, options, profiles, report, requirements
 from support.targets import until
+from support.terminal import lines_on_terminal
 
 SOAK = [sys.executable, "-m", "iobmd.tools.soak"]
 STEADY = (
@@ -86,6 +87,14 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
     assert set(result["faults"].values()) == {0}
     assert "passed" in output
     assert set(kernel_children()) <= before
+
+
+def test_the_report_fits_a_terminal() -> None:
+    lines = lines_on_terminal(80, "soak", "--events", "20", "--kinds", "small,read", *ONE_THREAD)
+    assert lines[-1] == "passed"
+    start = next(number for number, line in enumerate(lines) if line.startswith("control: "))
+    assert lines[start + 1].startswith("    "), "the line is longer, and is folded"
+    assert max(map(len, lines)) < 80
 
 
 def kernel_children() -> list[int]:

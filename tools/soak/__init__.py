@@ -15,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
     import json  # noqa: PLC0415
 
     from iobmd.cli import EXIT_FAILED, EXIT_OK  # noqa: PLC0415
+    from iobmd.cli.folding import terminal_width  # noqa: PLC0415
     from iobmd.cli.signals import terminable  # noqa: PLC0415
 
     from . import options, report, supervisor  # noqa: PLC0415
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = options.parse(argv)
     with terminable():
         result = supervisor.Supervisor(chosen).run()
-    print(report.text(result))
+    print(report.text(result, terminal_width()))
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")
     return EXIT_FAILED if any(result["faults"].values()) else EXIT_OK

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from iobmd.cli.folding import folded
 from iobmd.constants import IOReturn
 
 from .board import KINDS, Thread
@@ -110,34 +111,29 @@ def document(tally: Tally, faults: list[dict[str, Any]], **about: Any) -> dict[s
     }
 
 
-def text(report: dict[str, Any]) -> str:
-    """Return the report as text."""
+def text(report: dict[str, Any], width: int | None = None) -> str:
+    """Return the report as text, folded at the width of a terminal."""
     seconds = report["seconds"]
     lines = [f"{report['events']:,} events in {seconds:.0f} s, {report['events'] / max(seconds, 1e-9):,.0f} a second"]
     kinds = [f"{name} {count:,}" for name, count in report["kinds"].items() if count]
-    lines += _wrapped("events", kinds)
+    lines.append(_listed("events", kinds))
     refused = [
         f"{reason}: {code.removeprefix('kIOReturn')} {count:,}"
         for reason, codes in report["refusals"].items()
         for code, count in codes.items()
     ]
-    lines += _wrapped("expected refusals", refused)
-    lines += _wrapped(
-        "disturbances", [f"{name.replace('_', ' ')} {n:,}" for name, n in report["disturbances"].items()]
-    )
-    lines += _wrapped("control", [f"{name.replace('_', ' ')} {count:,}" for name, count in report["control"].items()])
-    lines += _wrapped("left out", [f"{name}: {reason}" for name, reason in report["left_out"].items()])
+    lines.append(_listed("expected refusals", refused))
+    for title in ("disturbances", "control"):
+        lines.append(_listed(title, [f"{name.replace('_', ' ')} {count:,}" for name, count in report[title].items()]))
+    lines.append(_listed("left out", [f"{name}: {reason}" for name, reason in report["left_out"].items()]))
     for name, count in report["faults"].items():
         lines.append(f"{count:>9,}  {FAULTS[name]}")
     for fault in report["details"][:20]:
         last = (fault.get("log") or "").strip().rpartition("\n")[2]
         lines.append(f"FAULT {fault['fault']} in {fault['kind']}: {fault['message']}{last and f' ({last})'}")
     lines.append("FAILED" if any(report["faults"].values()) else "passed")
-    return "\n".join(lines)
+    return "\n".join(folded(line, width, indent="    ") for line in lines)
 
 
-def _wrapped(title: str, parts: list[str]) -> list[str]:
-    import textwrap  # noqa: PLC0415
-
-    joined = f"{title}: {', '.join(parts) or 'none'}"
-    return textwrap.wrap(joined, 100, subsequent_indent="    ", break_long_words=False)
+def _listed(title: str, parts: list[str]) -> str:
+    return f"{title}: {', '.join(parts) or 'none'}"
