@@ -5,6 +5,7 @@ states that the Python block before it prints this text.
 """
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import iobmd.tools  # registers its commands
 import pytest
 
 import iobmd
@@ -22,7 +24,7 @@ import iobmd.host
 import iobmd.iommu
 import iobmd.pagemap
 from iobmd import constants
-from iobmd.cli import main
+from iobmd.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -124,6 +126,19 @@ def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     names = {f"{module.__name__}.{name}" for name in {*module.__all__} - members - {"__version__"}}
     assert not names - described
     assert all(getattr(module, name.rpartition(".")[2]).__doc__ for name in names)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_shown_with_its_output_and_options(name: str) -> None:
+    """In its section of commands.md; the options are explained in the first column of a table."""
+    parts = re.split(r"^## iobmd (\w+)$", (ROOT / "docs/commands.md").read_text(), flags=re.M)
+    section = dict(zip(parts[1::2], parts[2::2], strict=True))[name]
+    assert f"iobmd {name}" in section
+    assert "\n```text\n" in section
+    explained = set(re.findall(r"--[a-z][\w-]*", "\n".join(re.findall(r"^\| ([^|]*) \|", section, re.M))))
+    parser = importlib.import_module(COMMANDS[name][0]).make_parser()
+    options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    assert explained == options - {"--help"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
