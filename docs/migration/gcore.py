@@ -11,4 +11,4 @@ import iobmd
 pid, path = int(sys.argv[1]), sys.argv[2]
 with iobmd.snapshot(pid) as snapshot:
     written = snapshot.core(path)
-print(f"{written.written} bytes, {written.threads} threads, stopped for {snapshot.stopped_ns / 1e6:.2f} ms")
+print(f"{written.written} bytes, stopped for {snapshot.stopped_ns / 1e6:.2f} ms; threads: {written.threads}")

@@ -136,7 +136,9 @@ def test_port_of_gcore(tmp_path: Path) -> None:
     with sleeping() as target:
         os.sched_setaffinity(0, allowed)
         until_at_rest(target.pid)  # its start changes memory
-        assert " 1 threads, stopped for " in port("gcore", str(target.pid), str(path))
+        assert re.fullmatch(
+            r"\d+ bytes, stopped for \d+\.\d\d ms; threads: 1\n", port("gcore", str(target.pid), str(path))
+        )
         core = Core(path.read_bytes())
         lines = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
         with Path(f"/proc/{target.pid}/mem").open("rb") as memory:
