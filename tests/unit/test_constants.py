@@ -1,6 +1,9 @@
 """Names and values of the contract (IOKit's headers), and how flags of several types combine."""
 
+import ast
 from enum import EnumType
+from itertools import pairwise
+from pathlib import Path
 
 import iobmd
 from iobmd import IOOptionBits, IOPurgeable, constants
@@ -83,3 +86,19 @@ def test_unknown_bits_are_kept() -> None:
     assert IOOptionBits(1 << 30 | 1) == 1 << 30 | 1
     assert IOPurgeable.kIOMemoryPurgeableVolatile | IOPurgeable.kIOMemoryPurgeableVolatileGroup3 == 0x303
     assert repr(IOPurgeable(3)) == "<IOPurgeable.kIOMemoryPurgeableVolatile: 3>"
+
+
+def test_every_member_is_explained() -> None:
+    """By a string below it, which the reference shows."""
+    classes = [
+        found
+        for file in Path(constants.__file__).parent.glob("*.py")
+        for found in ast.parse(file.read_text()).body
+        if isinstance(found, ast.ClassDef)
+    ]
+    pairs = [
+        pair for found in classes for pair in pairwise([*found.body, ast.Pass()]) if isinstance(pair[0], ast.Assign)
+    ]
+    assert len(pairs) > 150
+    for member, below in pairs:
+        assert isinstance(below, ast.Expr), ast.unparse(member)
