@@ -180,9 +180,9 @@ def _public_names() -> Iterator[str]:
 
 
 def _check_fields(_app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Warn of attributes that have no description, or only the one that Python generates. Constants are IOKit's."""
+    """Warn of attributes that have no description, or only the one that Python generates."""
     generated = not any(lines) or lines[0].startswith("Alias for field number")
-    if what in ("attribute", "property", "method") and generated and not name.rpartition(".")[2].startswith("kIO"):
+    if what in ("attribute", "property", "method") and generated:
         logging.getLogger(__name__).warning("public name without a description: %s", name)
 
 
@@ -193,11 +193,14 @@ def _find_builtins(_app: Sphinx, doctree: nodes.document) -> None:
             reference["reftarget"] = f"builtins.{reference['reftarget']}"
 
 
-def _in_hexadecimal(_app: Sphinx, doctree: nodes.document) -> None:
-    """Print the values of constants as IOKit's headers do."""
+def _as_in_headers(_app: Sphinx, doctree: nodes.document) -> None:
+    """Print the values of constants as IOKit's headers do, and omit those that only name a class."""
     for signature in doctree.findall(desc_signature):
-        for part in signature.findall(desc_annotation) if "kIO" in signature.astext() else ():
-            if (text := part.astext()).startswith(" = ") and text[3:].isdecimal():
+        for part in list(signature.findall(desc_annotation)):
+            text = part.astext()
+            if text.startswith(" = <"):
+                part.parent.remove(part)
+            elif re.search(r"\bk[A-Z]", signature.astext()) and text.startswith(" = ") and text[3:].isdecimal():
                 part.children[-1:] = [nodes.Text(f"{int(text[3:]):#x}")]
 
 
@@ -214,6 +217,6 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-signature", _hide_constructor)
     app.connect("autodoc-process-docstring", _check_fields)
     app.connect("doctree-read", _find_builtins)
-    app.connect("doctree-read", _in_hexadecimal)
+    app.connect("doctree-read", _as_in_headers)
     app.connect("missing-reference", _link, priority=400)  # before intersphinx
     app.connect("env-check-consistency", _check_public_names)

@@ -140,7 +140,7 @@ def has_content(address: int, size: int) -> bool:
 def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
     """Count the bytes of a range of a task that are mapped by huge pages; requires no privilege.
 
-    Uses PAGEMAP_SCAN (Linux 6.7), or else `certain_bytes`.
+    Uses PAGEMAP_SCAN (Linux 6.7), or else smaps, which counts whole areas: the result is then a lower bound.
     """
     end = address + size
     try:
