@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd import procfs
-from iobmd._internal import pidns
+from iobmd._internal import log, pidns
 from iobmd.errors import (
     BadArgumentError,
     IOReturnError,
@@ -129,6 +129,7 @@ class Snapshot(Task):
             self.shared = []
         self._limit = limit
         self._finish = weakref.finalize(self, self._child.end)
+        log.debug("a snapshot of task %d was made, which stopped it for %d ns", task.pid, self.stopped_ns)
         prefer_as_victim(self)
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
 

@@ -133,6 +133,8 @@ def test_a_snapshot_is_reported(start_source: Callable[..., SourceProcess]) -> N
     region = source["anonymous"]
     reported = messages(lambda: iobmd.copy(source.pid, *region, freeze=True, wired=False).free())
     assert any(f"task {source.pid}" in line and "snapshot" in line for line in reported), reported
+    [reported_once] = messages(lambda: iobmd.snapshot(source.pid).close())
+    assert reported_once.startswith(f"DEBUG a snapshot of task {source.pid} was made, which stopped it for ")
 
 
 def test_a_search_is_reported() -> None:
