@@ -221,10 +221,10 @@ def _registers() -> str | None:
     return None if os.environ.get("IOBMD_GUEST") == "registers" else "not a guest whose devices count accesses"
 
 
-def _library(name: str, *needs: str) -> str | None:
-    """Probe libraries of the extra `interop` of pyproject.toml, which may be missing."""
+def _library(name: str, *needs: str, install: str = "iobmd[interop]") -> str | None:
+    """Probe libraries that may be missing; `install` is what pip installs them by, by default an extra of iobmd."""
     lacking = [one for one in (name, *needs) if importlib.util.find_spec(one) is None]
-    return f"{', '.join(lacking)} is not installed (pip install iobmd[interop])" if lacking else None
+    return f"{', '.join(lacking)} is not installed (pip install {install})" if lacking else None
 
 
 def _rdma() -> str | None:
@@ -328,7 +328,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "two_nodes": _two_nodes,
     "numpy": lambda: _library("numpy"),
     "pyarrow": lambda: _library("pyarrow"),
-    "torch": lambda: _library("torch"),
+    "torch": lambda: _library("torch", install="torch --index-url https://download.pytorch.org/whl/cpu"),
     "mpi4py": _mpi,
     "mpich": lambda: _launcher("MPICH"),
     "openmpi": lambda: _launcher("Open MPI"),
