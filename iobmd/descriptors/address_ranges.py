@@ -1,13 +1,16 @@
-"""Existing memory at ranges of a task's addresses: memory that iobmd knows by these addresses, or other memory."""
+"""Existing memory at ranges of a task's addresses, which iobmd may know, or at ranges of physical addresses."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from iobmd._internal.arguments import check_integers
+from iobmd.backing.device import DeviceBacking
 from iobmd.backing.ranges import RangeBacking
 from iobmd.descriptors import address_index
 from iobmd.descriptors.composite_memory import CompositeBacking
 from iobmd.descriptors.ownership import MemoryOwner, Part
+from iobmd.device.physical import PhysicalRegion
 from iobmd.task.task import check_range
 
 if TYPE_CHECKING:
@@ -31,14 +34,38 @@ def describe(task: Task, ranges: Iterable[tuple[int, int]], kind: str, *, writab
     length = sum(one.length for one in found)
     if len(found) == 1 and isinstance(found[0], RangeBacking):
         return found[0], length
-    return CompositeBacking([_as_part(one, kind) for one in found]), length
+    parts = [one if isinstance(one, Part) else _whole(one, one.length, kind) for one in found]
+    return CompositeBacking(parts), length
 
 
-def _as_part(found: Part | RangeBacking, kind: str) -> Part:
-    if isinstance(found, Part):
-        return found
-    owner = MemoryOwner(found, found.length, kind, has_handle=False)
-    return Part(owner, 0, found.length)
+def describe_physical(ranges: Iterable[tuple[int, int]], kind: str) -> tuple[Backing, int]:
+    """Return the memory at ranges of physical addresses, end to end, and its length in bytes.
+
+    Parameters
+    ----------
+    ranges : iterable of (int, int)
+        Addresses and lengths in bytes; ranges of length 0 are ignored.
+    kind : str
+        As `describe`.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: a range exceeds 64-bit addresses.
+    """
+    regions = []
+    for address, length in ranges:
+        check_integers(address=address, length=length)
+        if length:
+            regions.append(PhysicalRegion(address, length))
+    total = sum(region.size for region in regions)
+    if len(regions) == 1:
+        return DeviceBacking(regions[0]), total
+    return CompositeBacking([_whole(DeviceBacking(region), region.size, kind) for region in regions]), total
+
+
+def _whole(backing: Backing, length: int, kind: str) -> Part:
+    return Part(MemoryOwner(backing, length, kind, has_handle=False), 0, length)
 
 
 def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> Iterator[Part | RangeBacking]:

@@ -105,8 +105,9 @@ class IOMemoryDescriptor(Handle):
         options : IOOptionBits
             The direction of transfers. `kIODirectionIn` and `kIODirectionInOut` require writable memory.
         task : Task, int or psutil.Process
-            The task to which the addresses belong. None, with `kIOMemoryRemote`: they are addresses of another bus,
-            which the descriptor only carries: segments contain them unchanged, and no bytes can be accessed.
+            The task to which the addresses belong. None: they are physical addresses, as of `withPhysicalAddress`.
+            None, with `kIOMemoryRemote`: they are addresses of another bus, which the descriptor only carries:
+            segments contain them unchanged, and no bytes can be accessed.
 
         Returns
         -------
@@ -145,7 +146,8 @@ class IOMemoryDescriptor(Handle):
         segments, client
             The ranges and the task of `withAddressRanges`. Raises the same errors, and `kIOReturnBadArgument`.
         """
-        return cls.withAddressRanges(segments, driverkit.create_options(memoryDescriptorCreateOptions), client)
+        options = driverkit.create_options(memoryDescriptorCreateOptions)
+        return cls.withAddressRanges(segments, options, as_task(client))
 
     @classmethod
     def withOptions(
@@ -184,7 +186,7 @@ class IOMemoryDescriptor(Handle):
         offset : int
             Must be 0, as in IOKit for all but UPLs.
         task : Task, int or psutil.Process
-            The task to which the addresses belong. None: they are addresses of a bus.
+            The task to which the addresses belong. None: they are physical addresses, or those of another bus.
         options : int
             The direction, options of `IOOptionBits`, and one of `IOMemoryTypes`: `kIOMemoryTypeVirtual` with a task,
             or `kIOMemoryTypePhysical` without. `kIOMemoryAsReference` and `kIOMemoryPersistent` have no effect,
@@ -211,15 +213,16 @@ class IOMemoryDescriptor(Handle):
         return True
 
     def _describe(self, ranges: Iterable[tuple[int, int]], options: int, task: AnyTask | None) -> None:
-        check_remote(options, task)
-        if task is None:
+        kind = type(self).__name__
+        if check_remote(options, task):
             backing: Backing = BusBacking(ranges)
             length = backing.size
+        elif task is None:
+            backing, length = address_ranges.describe_physical(ranges, kind)
         else:
             where = as_task(task)
             where = kernel_task if where.is_current else where
-            kind, writable = type(self).__name__, bool(options & _IN)
-            backing, length = address_ranges.describe(where, ranges, kind, writable=writable)
+            backing, length = address_ranges.describe(where, ranges, kind, writable=bool(options & _IN))
         self._hold(backing, options, length)
 
     @classmethod

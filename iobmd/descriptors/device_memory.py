@@ -43,6 +43,7 @@ class IODeviceMemory(IOMemoryDescriptor):
     Source: IODeviceMemory.h of IOKit.
     """
 
+    _initializer = "withRange"
     _region: Region
     _first = 0  # the offset in the region
 

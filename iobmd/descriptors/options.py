@@ -305,12 +305,11 @@ def check_types(options: int, *, has_task: bool) -> int:
     return check_existing(int(options) & ~(_TYPE_MASK | _WITHOUT_EFFECT))
 
 
-def check_remote(options: int, task: object) -> None:
-    """Raise unless the options describe addresses of another bus exactly if there is no task."""
-    if task is None and not options & _REMOTE:
-        raise UnsupportedError("ranges without a task are addresses of another bus: add kIOMemoryRemote")
+def check_remote(options: int, task: object) -> bool:
+    """Return whether the options describe addresses of another bus, which belong to no task."""
     if task is not None and options & _REMOTE:
         raise BadArgumentError("addresses of another bus (kIOMemoryRemote) belong to no task: pass None")
+    return bool(options & _REMOTE)
 
 
 def check_prepare(direction: int) -> None:

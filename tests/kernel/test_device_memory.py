@@ -145,6 +145,36 @@ def test_prepare_only_counts() -> None:
         assert in_child(memory.getPhysicalAddress) == START
 
 
+def test_physical_ranges_without_a_task() -> None:
+    """In IOKit, addresses of no task are physical: one range, several, or none, also of `withOptions`."""
+    word = iobmd.kIODirectionOut | iobmd.kIOMemoryMapperNone
+    with IOMemoryDescriptor.withAddressRange(START, 10_000, word, None) as one:
+        assert one.getFlags() == word
+        assert one.wiring is Wiring.DEVICE
+        assert [tuple(segment) for segment in one.segments()] == [(START, 10_000)]
+        assert code_of(lambda: one.map(IOMapOptions.kIOMapWriteCombineCache)) == IOReturn.kIOReturnUnsupported
+    ranges = [(1 << 40, 50), (START, 0), (START, 100)]
+    physical = word | iobmd.kIOMemoryTypePhysical
+    for several in (
+        IOMemoryDescriptor.withAddressRanges(ranges, word, None),
+        IOMemoryDescriptor.withOptions(ranges, 3, 0, None, physical),
+    ):
+        with several:
+            assert several.getLength() == 150
+            assert [tuple(segment) for segment in several.segments()] == [(1 << 40, 50), (START, 100)]
+            assert several.getPhysicalSegment(60) == (START + 10, 90)
+            assert several.wiring is Wiring.DEVICE
+            assert several.initWithOptions([(START, 8)], 1, 0, None, physical)
+            assert several.getPhysicalAddress() == START
+    with IOMemoryDescriptor.withAddressRanges([], 0, None) as nothing:
+        assert nothing.getLength() == 0
+    for wrong in ([(START, -1)], [(1 << 64, 1)], [(START, 1), (-1, 1)]):
+        ranges_of = lambda: IOMemoryDescriptor.withAddressRanges(wrong, word, None)  # noqa: B023, E731
+        assert code_of(ranges_of) == IOReturn.kIOReturnBadArgument
+    client = lambda: IOMemoryDescriptor.CreateMemoryDescriptorFromClient(1, [(START, 8)], None)  # type: ignore[arg-type] # noqa: E731
+    assert code_of(client) == IOReturn.kIOReturnBadArgument
+
+
 def test_parts_lists_and_concatenations() -> None:
     first, second = IODeviceMemory.arrayFromList([(START, 100), (1 << 40, 50)])
     with first, second, IODeviceMemory.withSubRange(first, 90, 10) as part:

@@ -283,6 +283,12 @@ def test_dev_mem(pattern: bytes) -> None:
         assert bytes(mapped) == first.readBytes(0, 5000) == pattern[5:5005]
         assert second.readBytes(0, 4) == pattern[9000:9004]
         assert cache_type(address) == "uncached-minus"
+    ranges = [(address + 2 * PAGE, PAGE), (address, PAGE)]
+    with IOMemoryDescriptor.withAddressRanges(ranges, iobmd.kIODirectionInOut, None) as both, both.map() as mapped:
+        assert bytes(mapped) == pattern[2 * PAGE : 3 * PAGE] + pattern[:PAGE] == both.readBytes(0, 2 * PAGE)
+        both.writeBytes(PAGE - 1, b"across")
+        assert mapped.read8(PAGE) == ord("c")
+        both.writeBytes(PAGE - 1, pattern[3 * PAGE - 1 : 3 * PAGE] + pattern[:5])
     with iobmd.allocate(PAGE) as buffer:
         described = IOMemoryDescriptor.withPhysicalAddress(buffer.getPhysicalAddress(), PAGE, iobmd.kIODirectionIn)
         assert described.getDirection() == iobmd.kIODirectionIn
