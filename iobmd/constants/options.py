@@ -145,7 +145,10 @@ class IOPurgeable(IntFlag, boundary=KEEP):
 
 
 class IODirection(IntFlag, boundary=KEEP):
-    """Flags of `prepare` and `complete`, in addition to the directions of `IOOptionBits` (IOMemoryDescriptor.h)."""
+    """Flags of `prepare` and `complete`, in addition to the directions of `IOOptionBits` (IOMemoryDescriptor.h).
+
+    `kIODirectionPrepareNoZeroFill` is the name of `kIODirectionPrepareReserved1` in XNU itself (IOKitKeysPrivate.h).
+    """
 
     kIODirectionPrepareToPhys32 = 0x4
     """Fail if the memory is above 4 GiB."""
@@ -153,6 +156,8 @@ class IODirection(IntFlag, boundary=KEEP):
     """Fail instead of faulting in pages."""
     kIODirectionPrepareReserved1 = 0x10
     """Permits pages that are not zeroed; without effect."""
+    kIODirectionPrepareNoZeroFill = 0x10
+    """The same."""
     kIODirectionPrepareNonCoherent = 0x20
     """Write the cache lines of the memory back and drop them."""
     kIODirectionCompleteWithError = 0x40
@@ -235,6 +240,7 @@ kIOMemoryPurgeableFaultOnAccess = IOPurgeable.kIOMemoryPurgeableFaultOnAccess
 kIODirectionPrepareToPhys32 = IODirection.kIODirectionPrepareToPhys32
 kIODirectionPrepareNoFault = IODirection.kIODirectionPrepareNoFault
 kIODirectionPrepareReserved1 = IODirection.kIODirectionPrepareReserved1
+kIODirectionPrepareNoZeroFill = IODirection.kIODirectionPrepareNoZeroFill
 kIODirectionPrepareNonCoherent = IODirection.kIODirectionPrepareNonCoherent
 kIODirectionCompleteWithError = IODirection.kIODirectionCompleteWithError
 kIODirectionCompleteWithDataValid = IODirection.kIODirectionCompleteWithDataValid

@@ -61,18 +61,27 @@ class IOCacheMode(IntEnum):
 
 
 class IOMemoryLedgerTag(IntEnum):
-    """The ledgers of a task (IOMemoryDescriptor.h). Linux charges memory to cgroups instead."""
+    """The ledgers of a task (IOMemoryDescriptor.h). Linux charges memory to cgroups instead.
+
+    Older headers spell three of the names with a small m, and all headers that of the network.
+    """
 
     kIOMemoryLedgerTagDefault = 1
     """The ledger of all other memory."""
     kIOmemoryLedgerTagNetwork = 2
     """The ledger of network memory."""
-    kIOmemoryLedgerTagMedia = 3
+    kIOMemoryLedgerTagMedia = 3
     """The ledger of media memory."""
-    kIOmemoryLedgerTagGraphics = 4
+    kIOmemoryLedgerTagMedia = 3
+    """The same."""
+    kIOMemoryLedgerTagGraphics = 4
     """The ledger of graphics memory."""
-    kIOmemoryLedgerTagNeural = 5
+    kIOmemoryLedgerTagGraphics = 4
+    """The same."""
+    kIOMemoryLedgerTagNeural = 5
     """The ledger of memory for neural networks."""
+    kIOmemoryLedgerTagNeural = 5
+    """The same."""
 
 
 class IOPreparationID(IntEnum):
@@ -154,8 +163,11 @@ kIOPostedReordered = IOCacheMode.kIOPostedReordered
 kIOPostedCombinedReordered = IOCacheMode.kIOPostedCombinedReordered
 kIOMemoryLedgerTagDefault = IOMemoryLedgerTag.kIOMemoryLedgerTagDefault
 kIOmemoryLedgerTagNetwork = IOMemoryLedgerTag.kIOmemoryLedgerTagNetwork
+kIOMemoryLedgerTagMedia = IOMemoryLedgerTag.kIOMemoryLedgerTagMedia
 kIOmemoryLedgerTagMedia = IOMemoryLedgerTag.kIOmemoryLedgerTagMedia
+kIOMemoryLedgerTagGraphics = IOMemoryLedgerTag.kIOMemoryLedgerTagGraphics
 kIOmemoryLedgerTagGraphics = IOMemoryLedgerTag.kIOmemoryLedgerTagGraphics
+kIOMemoryLedgerTagNeural = IOMemoryLedgerTag.kIOMemoryLedgerTagNeural
 kIOmemoryLedgerTagNeural = IOMemoryLedgerTag.kIOmemoryLedgerTagNeural
 kIOPreparationIDUnprepared = IOPreparationID.kIOPreparationIDUnprepared
 kIOPreparationIDUnsupported = IOPreparationID.kIOPreparationIDUnsupported
@@ -179,6 +191,7 @@ kIODMAMapOptionIterateOnly = IODMACommandOptions.kIODMAMapOptionIterateOnly
 kIODMAMapOptionDextOwner = IODMACommandOptions.kIODMAMapOptionDextOwner
 
 # Values that belong to no enumeration.
+kIOBufferDescriptorMemoryFlags = 0xB00807
 kIODefaultMemoryType = 0
 kIOMapCacheShift = 8
 kIOMapperUncached = 0x1

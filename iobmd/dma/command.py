@@ -557,3 +557,12 @@ class IODMACommand:
         self._transfer = None
         transfer.drop()
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+
+# The macros of IODMACommand.h.
+kIODMACommandOutputHost32 = IODMACommand.OutputHost32
+kIODMACommandOutputBig32 = IODMACommand.OutputBig32
+kIODMACommandOutputLittle32 = IODMACommand.OutputLittle32
+kIODMACommandOutputHost64 = IODMACommand.OutputHost64
+kIODMACommandOutputBig64 = IODMACommand.OutputBig64
+kIODMACommandOutputLittle64 = IODMACommand.OutputLittle64

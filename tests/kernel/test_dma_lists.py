@@ -32,6 +32,7 @@ def test_formats(name: str) -> None:
     """The bytes are those of struct, in the buffer that is passed, as far as it has room."""
     packed = [struct.pack(FORMATS[name], *piece) for piece in PIECES]
     kind = getattr(IODMACommand, name)
+    assert getattr(iobmd, f"kIODMACommand{name}") is kind
     with IODMACommand.withSpecification(32, outSegFunc=kind) as command:
         command.setMemoryDescriptor(ScatteredDescriptor(PIECES))
         room = bytearray(b"\xee" * 100)

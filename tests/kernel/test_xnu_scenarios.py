@@ -145,7 +145,7 @@ def test_refused_fixed_addresses() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_prepared_without_zero_fill() -> None:
     with in_task(None, IN | PAGEABLE, 24 * PAGE) as buffer:
-        buffer.prepare(IN | IODirection.kIODirectionPrepareReserved1)
+        buffer.prepare(IN | IODirection.kIODirectionPrepareNoZeroFill)
         buffer.prepare(IN)
         buffer.complete(IN | IODirection.kIODirectionCompleteWithDataValid)
         assert buffer.wiring is Wiring.PINNED
