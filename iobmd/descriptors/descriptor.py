@@ -190,7 +190,7 @@ class IOMemoryDescriptor(Handle):
         options : int
             The direction, options of `IOOptionBits`, and one of `IOMemoryTypes`: `kIOMemoryTypeVirtual` with a task,
             or `kIOMemoryTypePhysical` without. `kIOMemoryAsReference` and `kIOMemoryPersistent` have no effect,
-            because references are counted by Python.
+            because references are counted by Python, nor has `kIOMemoryBufferPageable`.
         mapper : None
             Must be None (`kIOMapperSystem`): `IOMapper.prepare` maps memory for a device.
 
@@ -285,6 +285,10 @@ class IOMemoryDescriptor(Handle):
         """Store the tags of later mappings in `kernel_task` and in other tasks. Existing mappings are unchanged."""
         check_integers(kernTag=kernTag, userTag=userTag)
         self.vm_tags = (kernTag, userTag)
+
+    def getVMTag(self, map: AnyTask) -> int:  # noqa: A002 (IOKit's)
+        """Return the tag of mappings in a task: `kernTag` in `kernel_task`, `userTag` in others; 0 if none is set."""
+        return self.vm_tags[as_task(map) is not kernel_task]
 
     def getDescriptorID(self) -> int:
         """Return a number that no other descriptor of this process has, above 0."""

@@ -125,7 +125,7 @@ class IOMemoryMap(Exporter):
         """Return the options of its creation."""
         return IOMapOptions(self._options)
 
-    def getPhysicalSegment(self, offset: int) -> tuple[int, int]:
+    def getPhysicalSegment(self, offset: int, options: int = 0) -> tuple[int, int]:  # noqa: ARG002 (IOKit's)
         """Return the physical address of the byte at `offset`, and the number of contiguous bytes from there.
 
         `(0, 0)` past its end. Raises as `IOMemoryDescriptor.segments`; `kIOReturnUnsupported` for a copy-on-write

@@ -85,7 +85,9 @@ _OTHER_TYPES = {
         "persistent descriptors (kIOMemoryTypePersistentMD) are not needed: keep a reference to the descriptor"
     ),
 }
-_WITHOUT_EFFECT = int(IOMemoryTypes.kIOMemoryAsReference | IOMemoryTypes.kIOMemoryPersistent)
+_WITHOUT_EFFECT = int(
+    IOMemoryTypes.kIOMemoryAsReference | IOMemoryTypes.kIOMemoryBufferPageable | IOMemoryTypes.kIOMemoryPersistent
+)
 
 
 class Request(NamedTuple):

@@ -25,7 +25,12 @@ class MappingOptions(IntFlag, boundary=KEEP):
     kIterateOnly = constants.kIODMAMapOptionIterateOnly
 
 
-_KNOWN = 0x3 | int(MappingOptions.kNoCacheStore | MappingOptions.kOnChip | MappingOptions.kIterateOnly)
+_KNOWN = 0x3 | int(
+    MappingOptions.kNoCacheStore
+    | MappingOptions.kOnChip
+    | MappingOptions.kIterateOnly
+    | constants.kIODMAMapOptionDextOwner  # for Apple's IOMMU: the mapping belongs to a driver extension
+)
 
 
 class Specification(NamedTuple):

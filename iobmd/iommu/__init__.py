@@ -12,6 +12,7 @@ from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import (
+    IODMAMapOptions,
     IOOptionBits,
     IOReturn,
     kIODMAMapReadAccess,
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
 
 _OUT, _IN = int(IOOptionBits.kIODirectionOut), int(IOOptionBits.kIODirectionIn)
 _READS, _WRITES = int(kIODMAMapReadAccess), int(kIODMAMapWriteAccess)
+_HINTS = int(
+    IODMAMapOptions.kIODMAMapPhysicallyContiguous
+    | IODMAMapOptions.kIODMAMapPagingPath
+    | IODMAMapOptions.kIODMAMapPageListFullyOccupied
+)
+_REFUSED = {
+    int(IODMAMapOptions.kIODMAMapDeviceMemory): "kIODMAMapDeviceMemory: VFIO maps main memory only",
+    int(IODMAMapOptions.kIODMAMapIdentityMap): (
+        "kIODMAMapIdentityMap: the device would access physical addresses, from which the IOMMU protects the host"
+    ),
+    int(IODMAMapOptions.kIODMAMapFixedAddress): (
+        "kIODMAMapFixedAddress: the mapper chooses the address, so that no other mapping has it"
+    ),
+}
+"""Options of `iovmMapMemory` that VFIO cannot honor, and the reasons."""
 
 _mappers: weakref.WeakValueDictionary[str, IOMapper] = weakref.WeakValueDictionary()
 _creation = process_local.Guard()
@@ -208,7 +224,8 @@ class IOMapper:
             The range of the memory whose address is returned, in bytes; `length` 0: to the end.
         mapOptions : int
             `kIODMAMapReadAccess`: the device reads it; `kIODMAMapWriteAccess`: the device writes it; without both,
-            as the direction of the memory.
+            as the direction of the memory. `kIODMAMapPhysicallyContiguous`, `…PagingPath` and
+            `…PageListFullyOccupied`, which only make IOKit's mappers faster, have no effect.
 
         Returns
         -------
@@ -218,14 +235,17 @@ class IOMapper:
         Raises
         ------
         IOReturnError
-            As `prepare`. `kIOReturnBadArgument`: a range past the end, or other options.
+            As `prepare`. `kIOReturnBadArgument`: a range past the end, or unknown options. `kIOReturnUnsupported`:
+            `kIODMAMapDeviceMemory`, `…IdentityMap` and `…FixedAddress`, with the reason.
         """
         check_integers(descriptorOffset=descriptorOffset, length=length, mapOptions=mapOptions)
         whole = memory.getLength()
         length = length or whole - descriptorOffset
         check_within(descriptorOffset, length, whole, "the memory")
-        if mapOptions & ~(_READS | _WRITES):
-            raise BadArgumentError(f"map options {mapOptions:#x} have unknown bits")
+        if refused := next((reason for bit, reason in _REFUSED.items() if mapOptions & bit), None):
+            raise UnsupportedError(refused)
+        if mapOptions & ~(_READS | _WRITES | _HINTS):
+            raise BadArgumentError(f"map options {int(mapOptions):#x} have unknown bits")
         direction = (_OUT if mapOptions & _READS else 0) | (_IN if mapOptions & _WRITES else 0)
         prepared = self.prepare(memory, direction)
         address = prepared.address + descriptorOffset

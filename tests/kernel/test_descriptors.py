@@ -41,6 +41,7 @@ def test_ranges_by_the_designated_initializer() -> None:
         at = buffer.getBytesNoCopy()
         ranges = [(at + PAGE, 10), (at, 5), (at + 99, 99)]
         word = INOUT | VIRTUAL | IOMemoryTypes.kIOMemoryAsReference | IOMemoryTypes.kIOMemoryPersistent
+        word |= IOMemoryTypes.kIOMemoryBufferPageable
         with IOMemoryDescriptor.withOptions(ranges, 2, 0, kernel_task, word) as md:
             assert md.readBytes(0, 15) == data[PAGE : PAGE + 10] + data[:5]
             assert md.getFlags() == INOUT, "the bits of the type are not options of the descriptor"

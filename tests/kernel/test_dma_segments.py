@@ -201,13 +201,20 @@ def test_what_cannot_be_had(offset: int, count: int | None) -> None:
         {"maxSegmentSize": -1},
         {"maxTransferSize": -1},
         {"mappingOptions": 4},
-        {"mappingOptions": 0x80},
+        {"mappingOptions": 0x100},
     ],
 )
 def test_limits_that_no_transfer_can_keep(limit: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         IODMACommand.withSpecification(**limit)
     assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_options_without_effect() -> None:
+    options = iobmd.kIODMAMapOptionNoCacheStore | iobmd.kIODMAMapOptionOnChip | iobmd.kIODMAMapOptionDextOwner
+    with IODMACommand.withSpecification(32, mappingOptions=options) as command:
+        command.setMemoryDescriptor(ScatteredDescriptor([(PAGE, 100)]))
+        assert command.genIOVMSegments() == [PhysicalSegment(PAGE, 100)]
 
 
 def test_zeros_are_no_limits() -> None:

@@ -80,6 +80,7 @@ def test_tag_names_private_memory(options: int) -> None:
 def test_private_memory_is_had_where_it_has_no_name() -> None:
     with make(kernel_task, PAGEABLE, PAGE, 1, 7, 8) as buffer:
         assert buffer.vm_tags == (7, 8)
+        assert (buffer.getVMTag(kernel_task), buffer.getVMTag(1)) == (7, 8)
         assert name_of(buffer.getBytesNoCopy()) in ("", "[anon:iobmd:7]")
 
 

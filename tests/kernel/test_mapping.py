@@ -274,7 +274,7 @@ def test_physical_addresses_are_those_of_the_buffer() -> None:
     buffer, _ = shared(wired=True)
     with buffer, buffer.createMappingInTask(iobmd.kernel_task, 0, ANYWHERE | UNIQUE, 5000, 20000) as mapped:
         assert mapped.getPhysicalAddress() == buffer.getPhysicalSegment(5000)[0]
-        assert mapped.getPhysicalSegment(19_999)[1] == 1
+        assert mapped.getPhysicalSegment(19_999, iobmd.kIOMemoryMapperNone)[1] == 1
         assert mapped.getPhysicalSegment(20_000) == mapped.getPhysicalSegment(-1) == (0, 0)
         assert len(bytes(mapped)) == 20000  # fault in the pages
         frames = {entry & kernel.FRAME for entry in kernel.entries(mapped.getAddress(), 20000)}

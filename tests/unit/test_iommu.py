@@ -68,6 +68,16 @@ def test_memory_that_no_device_may_access() -> None:
                 buffer.complete()
 
 
+@pytest.mark.parametrize("name", ["DeviceMemory", "IdentityMap", "FixedAddress"])
+def test_options_of_iokit_that_vfio_lacks(name: str) -> None:
+    """They are refused by name, before the memory is prepared."""
+    mapper = IOMapper.__new__(IOMapper)
+    with iobmd.allocate(4096) as buffer:
+        option = iobmd.IODMAMapOptions[f"kIODMAMap{name}"] | iobmd.kIODMAMapReadAccess
+        with pytest.raises(iobmd.UnsupportedError, match=f"kIODMAMap{name}: "):
+            mapper.iovmMapMemory(buffer, 0, 0, option)
+
+
 @pytest.mark.parametrize("size", [100, 4096, 1 << 20])
 def test_parts_of_memory_that_no_device_may_access(size: int) -> None:
     """Neither parts nor concatenations make it accessible."""

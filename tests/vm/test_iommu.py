@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import edu, pci
+from support import edu, pci, rawmemory
 from support.child import NOBODY, in_child
 from support.errors import code_of, refusal
 from support.kernel import nothing_is_pinned
 from support.proof import PAGE, pieces_of
 
 import iobmd
-from iobmd import IOReturn
+from iobmd import IOReturn, procfs
+from iobmd._native import mman
 from iobmd.iommu import IOMapper
 
 pytestmark = pytest.mark.needs("edu", "iommu")
@@ -455,6 +456,33 @@ def test_a_mapped_command_is_one_segment_at_an_address_of_the_mapper(mapper: IOM
         buffer.complete()
 
 
+def test_a_mapped_range_across_split_areas(mapper: IOMapper, window: Window) -> None:
+    """The facts of XNU's IODMACommandLocalMappedNonContig: one segment, which is not the physical address."""
+    start = rawmemory.map_memory(4 * PAGE)
+    mman.advise(start + PAGE, PAGE, mman.MADV_DONTFORK)
+    assert len(list(procfs.areas("self", start, start + 4 * PAGE))) == 3
+    described = iobmd.IOMemoryDescriptor.withAddressRange(
+        start + 0xA00, 0x2000, iobmd.kIODirectionOutIn, iobmd.kernel_task
+    )
+    described.writeBytes(0, data := os.urandom(0x2000))
+    described.prepare(iobmd.kIODirectionOutIn)
+    physical = described.getPhysicalSegment(0, 0)[0]
+    with iobmd.IODMACommand.withSpecification(
+        64, 128 << 10, iobmd.kIODMAMapOptionMapped, 128 << 10, mapper=mapper
+    ) as command:
+        command.setMemoryDescriptor(described, True)
+        ((address, length),) = command.genIOVMSegments(0, 1)
+        assert length == 0x2000
+        assert address != physical == mapper.mapToPhysicalAddress(address)
+        assert window.read(address + 0xFF0, 4000) == data[0xFF0 : 0xFF0 + 4000]
+        window.write(address + 0x600 - 5, b"from one area to the next")
+        assert described.readBytes(0x600 - 5, 25) == b"from one area to the next"
+        command.clearMemoryDescriptor(True)
+    described.complete(iobmd.kIODirectionOutIn)
+    described.release()
+    rawmemory.unmap(start, 4 * PAGE)
+
+
 def test_a_bypassed_command_has_physical_addresses(mapper: IOMapper) -> None:
     with scattered(16 * PAGE) as buffer:
         for option in (iobmd.IODMACommand.kBypassed, iobmd.IODMACommand.kUnmapped):
@@ -546,11 +574,12 @@ def test_names_of_iokit(mapper: IOMapper, window: Window, name: str) -> None:
         assert mapper.iovmUnmapMemory(buffer, address, length) == iobmd.kIOReturnSuccess
         assert code_of(lambda: mapper.iovmUnmapMemory(buffer, address, length)) == IOReturn.kIOReturnBadArgument
         assert mapper.mapToPhysicalAddress(address) == 0
-        address, length = mapper.iovmMapMemory(buffer, 0, PAGE, iobmd.kIODMAMapReadAccess)
+        options = iobmd.kIODMAMapReadAccess | iobmd.kIODMAMapPagingPath
+        address, length = mapper.iovmMapMemory(buffer, 0, PAGE, options)
         window.write(address, b"not written")
         assert buffer.readBytes(0, 11) != b"not written"
         mapper.iovmUnmapMemory(buffer, address, length)
-        for wrong in ((0, 17 * PAGE), (-1, 1), (0, 0, 0x100)):
+        for wrong in ((0, 17 * PAGE), (-1, 1), (0, 0, 0x400)):
             assert code_of(lambda wrong=wrong: mapper.iovmMapMemory(buffer, *wrong)) == IOReturn.kIOReturnBadArgument
         buffer.complete()
 
