@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ NIGHTLY = "IOBMD_NIGHTLY" in os.environ
 STEPS = 50_000 if NIGHTLY else 2_000
 MOST = 14  # descriptors at a time
 BUS = 0xFEDC_B000_0000  # of the first device's memory
+CURSORS = iobmd.IOMemoryCursor, iobmd.IONaturalMemoryCursor, iobmd.IOBigMemoryCursor, iobmd.IOLittleMemoryCursor
 DATA = st.binary(min_size=1, max_size=64)
 
 
@@ -144,6 +145,13 @@ class Family(RuleBasedStateMachine):
         self.relatives.append(Relative(md, [Piece(one, 0, len(md))]))
 
     @precondition(lambda self: len(self.relatives) < MOST)
+    @rule(address=st.integers(0, (1 << 64) - 3 * PAGE), length=st.integers(1, 3 * PAGE))
+    def describe_addresses_of_another_bus(self, address: int, length: int) -> None:
+        md = IOMemoryDescriptor.withAddressRange(address, length, INOUT | iobmd.kIOMemoryRemote, None)
+        none = Memory(bytearray(length), address, ours=False, remote=True)
+        self.relatives.append(Relative(md, [Piece(none, 0, length)]))
+
+    @precondition(lambda self: len(self.relatives) < MOST)
     @rule()
     def interleave(self) -> None:
         self.relatives.append(Relative(iobmd.IOInterleavedMemoryDescriptor.withCapacity(4, INOUT), []))
@@ -196,15 +204,13 @@ class Family(RuleBasedStateMachine):
     @rule(data=st.data(), new=DATA)
     def write(self, data: st.DataObject, new: bytes) -> None:
         one, offset, length = self.range_of_one(data)
-        expected = {IOReturn.kIOReturnBadArgument} if offset + len(new) > one.length else set()
-        if not expected and not one.is_accessible(offset, len(new)):
-            expected = {IOReturn.kIOReturnVMError}
+        too_long = offset + len(new) > one.length
+        expected = {IOReturn.kIOReturnBadArgument} if too_long else one.cannot_access(offset, len(new))
         if self.happens(expected, lambda: one.real.writeBytes(offset, new)):
             one.write(offset, new)
-        if one.is_accessible(offset, length):
+        refused = one.cannot_access(offset, length)
+        if self.happens(refused, lambda: one.real.readBytes(offset, length)) is not None:
             assert one.real.readBytes(offset, length) == one.read(offset, length)
-        else:
-            self.happens({IOReturn.kIOReturnVMError}, lambda: one.real.readBytes(offset, length))
         self.happens({IOReturn.kIOReturnBadArgument}, lambda: one.real.readBytes(offset, one.length - offset + 1))
 
     @precondition(lambda self: self.relatives)
@@ -226,15 +232,37 @@ class Family(RuleBasedStateMachine):
     @rule(data=st.data())
     def segments(self, data: st.DataObject) -> None:
         one, offset, length = self.range_of_one(data)
-        expected = set() if one.is_pinned() else {IOReturn.kIOReturnNotReady}
-        if not expected and not one.is_accessible(offset, length):
-            expected = {IOReturn.kIOReturnUnsupported}
-        of_devices = {piece.of.device for piece in one.bytes_at(offset, length)} == {True}
-        if expected or self.seen or of_devices:
+        expected = one.cannot_locate(offset, length)
+        if expected or self.sees(one, offset, length):
             if self.happens(expected, lambda: one.real.segments(offset, length)):
                 assert [list(segment) for segment in one.real.segments(offset, length)] == places(one, offset, length)
         elif length:
             self.happens({IOReturn.kIOReturnNotPrivileged}, lambda: one.real.segments(offset, length))
+
+    def sees(self, one: Relative, offset: int, length: int) -> bool:
+        """Whether addresses are visible: without privilege, those that are not of page frames."""
+        return self.seen or {piece.of.has_fixed_address for piece in one.bytes_at(offset, length)} == {True}
+
+    @precondition(lambda self: self.relatives)
+    @rule(data=st.data(), cursor=st.sampled_from(CURSORS))
+    def generate_segments(self, data: st.DataObject, cursor: type[iobmd.IOMemoryCursor]) -> None:
+        """Generate the segments of a device by a cursor and by a command, which keeps the memory until its end."""
+        one, offset, length = self.range_of_one(data)
+        if not length or one.cannot_locate(offset, length) or not self.sees(one, offset, length):
+            return
+        expected = places(one, offset, length)
+        found = cursor.withSpecification(1000).getPhysicalSegments(one.real, offset, 1000, length)
+        assert max(segment.length for segment in found) <= 1000
+        assert joined_addresses(found) == expected
+        options = iobmd.IODMACommand.kUnmapped | iobmd.IODMACommand.kIterateOnly
+        command = iobmd.IODMACommand.withSpecification(64, 1000, options)
+        command.setMemoryDescriptor(one.real, autoPrepare=False)
+        command.prepare(offset, length)
+        assert joined_addresses(command.genIOVMSegments()) == expected
+        if one.is_accessible(offset, length):
+            assert command.readBytes(0, length) == one.read(offset, length)
+        self.happens({IOReturn.kIOReturnBusy}, one.real.free)
+        command.clearMemoryDescriptor()
 
     @precondition(lambda self: self.relatives)
     @rule(data=st.data(), options=st.sampled_from([IOMapOptions(0), UNIQUE, SMALL, LARGE]))
@@ -427,15 +455,22 @@ def is_interleaved(one: Relative) -> bool:
 
 
 def places(one: Relative, offset: int, length: int) -> list[list[int]]:
-    """Return the addresses of a range, with adjacent ones joined: physical ones by pagemap, or those of a device."""
-    found: list[list[int]] = []
+    """Return the addresses of a range, with adjacent ones joined: physical ones by pagemap, or those of a bus."""
+    found: list[tuple[int, int]] = []
     for piece in one.bytes_at(offset, length):
         start = piece.of.address + piece.start
-        for place in [[start, piece.length]] if piece.of.device else physical_ranges([(start, piece.length)]):
-            if found and sum(found[-1]) == place[0]:
-                found[-1][1] += place[1]
-            else:
-                found.append(place)
+        fixed = piece.of.has_fixed_address
+        found += [(start, piece.length)] if fixed else map(tuple, physical_ranges([(start, piece.length)]))
+    return joined_addresses(found)
+
+
+def joined_addresses(ranges: Iterable[tuple[int, int]]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for address, length in ranges:
+        if found and sum(found[-1]) == address:
+            found[-1][1] += length
+        else:
+            found.append([address, length])
     return found
 
 

@@ -31,6 +31,8 @@ class Memory:
     """Whether it is guard pages, without bytes and frames."""
     device: bool = False
     """Whether it is memory of a device: `address` is its bus address, which is fixed, and nothing pins it."""
+    remote: bool = False
+    """Whether it is addresses of another bus, which are fixed as well: no bytes can be accessed."""
     state: int = NON_VOLATILE
     filled: bool = True
     """Whether it has been written to since it was dropped."""
@@ -39,6 +41,10 @@ class Memory:
     def shares_pages(self) -> bool:
         """Whether other buffers may be in its pages, which then remain mapped."""
         return self.ours and self.wired and not self.shared and len(self.content) <= 2048
+
+    @property
+    def has_fixed_address(self) -> bool:
+        return self.device or self.remote
 
     def drop(self) -> None:
         self.filled = False
@@ -127,8 +133,23 @@ class Relative:
 
     # --- operations
 
+    def cannot_access(self, offset: int, length: int) -> set[IOReturn]:
+        for piece in self.bytes_at(offset, length):
+            if piece.of.inaccessible:
+                return {IOReturn.kIOReturnVMError}
+            if piece.of.remote:
+                return {IOReturn.kIOReturnUnsupported}
+        return set()
+
     def is_accessible(self, offset: int, length: int) -> bool:
-        return not any(piece.of.inaccessible for piece in self.bytes_at(offset, length))
+        return not self.cannot_access(offset, length)
+
+    def cannot_locate(self, offset: int, length: int) -> set[IOReturn]:
+        """The refusals of physical addresses: nothing pins the memory, or it contains guard pages."""
+        if not self.is_pinned():
+            return {IOReturn.kIOReturnNotReady}
+        guarded = any(piece.of.inaccessible for piece in self.bytes_at(offset, length))
+        return {IOReturn.kIOReturnUnsupported} if guarded else set()
 
     def read(self, offset: int, length: int) -> bytes:
         pieces = self.bytes_at(offset, length)
@@ -155,7 +176,7 @@ class Relative:
             return self.memory.wired or self.is_prepared()
         others = [piece.of for piece in self.parts if isinstance(piece.of, Relative)]
         here = [piece.of for piece in self.parts if isinstance(piece.of, Memory)]
-        existing = [memory for memory in here if not memory.inaccessible and not memory.device]
+        existing = [memory for memory in here if not memory.inaccessible and not memory.has_fixed_address]
         return all(other.is_pinned() for other in others) and (not existing or self.is_prepared())
 
     # --- refusals
@@ -191,9 +212,9 @@ class Relative:
             return {IOReturn.kIOReturnBadArgument}
         if copied:
             return set() if self.is_accessible(offset, length) else {IOReturn.kIOReturnUnsupported}
-        if not elsewhere and self.is_in_one_place():
-            return set()
         pieces = self.bytes_at(offset, length)
+        if not elsewhere and self.is_in_one_place():
+            return {IOReturn.kIOReturnUnsupported} if pieces[0].of.remote else set()
         found = set() if all(piece.of.shared for piece in pieces) else {IOReturn.kIOReturnUnsupported}
         for before, after in itertools.pairwise(pieces):
             if (before.start + before.length) % PAGE or after.start % PAGE:
