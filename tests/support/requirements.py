@@ -234,6 +234,12 @@ def _rdma() -> str | None:
     return None if importlib.util.find_spec("pyverbs") else "pyverbs is not installed for this Python"
 
 
+def _rdma_refusals() -> str | None:
+    if _is_before(6, 1):
+        return f"rdma_rxe of Linux {os.uname().release} does not answer requests that it refuses"
+    return _rdma()
+
+
 @functools.cache
 def _mpi() -> str | None:
     if reason := _library("mpi4py"):
@@ -265,10 +271,13 @@ def _clone_buffers() -> str | None:
 
 
 def _liburing() -> str | None:
-    release = os.uname().release
-    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (6, 15):
-        return f"Linux {release} lacks IORING_OP_READV_FIXED (before Linux 6.15)"
+    if _is_before(6, 15):
+        return f"Linux {os.uname().release} lacks IORING_OP_READV_FIXED (before Linux 6.15)"
     return _library("liburing")
+
+
+def _is_before(major: int, minor: int) -> bool:
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (major, minor)
 
 
 def _direct_io() -> str | None:
@@ -325,6 +334,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "narrow_edu": _narrow_edu,
     "registers": _registers,
     "rdma": _rdma,
+    "rdma_refusals": _rdma_refusals,
     "two_nodes": _two_nodes,
     "numpy": lambda: _library("numpy"),
     "pyarrow": lambda: _library("pyarrow"),
