@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from iobmd._version import __version__
-from iobmd.cli import folding
+from iobmd.cli import encoding, folding
 from iobmd.errors import IOReturnError
 from iobmd.printable import printable
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     try:
         _open_standard_streams()
+        encoding.substitute_missing_signs()
         code: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -25,12 +25,3 @@ def painter() -> Callable[[str, str], str]:
     if not has_color():
         return lambda text, _style: text
     return lambda text, style: f"\x1b[{_SEQUENCES[style]}m{text}\x1b[0m"
-
-
-def can_write(signs: str) -> bool:
-    """Return whether the encoding of stdout has all of the signs."""
-    try:
-        signs.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -23,6 +23,7 @@ from support.commands import shown
 from support.moving import again_if_pages_move
 from support.source_process import SourceProcess
 from support.targets import until_at_rest
+from support.terminal import lines_on_terminal
 
 from iobmd import Task
 from iobmd.cli import main
@@ -449,11 +450,15 @@ def test_a_map_fits_any_width(
     assert text.count("\n") <= 30
 
 
-def test_a_map_without_the_letters_for_it(odd: int) -> None:
-    command = [sys.executable, "-m", "iobmd", "pagemap", str(odd), "--map"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "FORCE_COLOR": "1", "TERM": "xterm"}
-    done = subprocess.run(command, capture_output=True, check=False, env=environment, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
+@pytest.mark.parametrize(
+    "options", ["{}", "{} --each", "{} --map", "{} --watch 0.1 --count 2", "{} --heat 0.3 --count 3", "--file /etc"]
+)
+def test_a_terminal_that_lacks_the_signs(odd: int, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("TERM", "xterm")
+    lines = lines_on_terminal(60, "pagemap", *options.format(odd).split())
+    assert len(lines) > 3
+    assert all(line.isascii() for line in lines)
 
 
 def test_output_that_is_closed(odd: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Group
 from rich.text import Text
 
-from iobmd.cli.color import can_write
+from iobmd.cli.encoding import can_write
 from iobmd.cli.folding import folded
 from iobmd.pagemap.change import Kind
 from iobmd.printable import printable

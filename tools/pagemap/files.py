@@ -12,6 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.encoding import can_write
 from iobmd.cli.folding import show, terminal_width
 from iobmd.pagemap.page_cache import FileCache, file_cache
 from iobmd.printable import printable
@@ -220,7 +221,7 @@ def _drawn(path: str, cells: int) -> str:
         cache = file_cache(path, parts=cells)
     except OSError:
         return "?".ljust(cells)
-    signs = _SHADES if _can_shade() else _LETTERS
+    signs = _SHADES if can_write(_SHADES) else _LETTERS
     last = round_up(cache.size - cache.part_size * (len(cache.parts) - 1), PAGE_SIZE)
     sizes = [cache.part_size] * (len(cache.parts) - 1) + [last]
     filled = (
@@ -228,11 +229,3 @@ def _drawn(path: str, cells: int) -> str:
     )
     # A part of a file of few pages has several cells.
     return "".join(filled[at * len(filled) // cells] if filled else signs[0] for at in range(cells))
-
-
-def _can_shade() -> bool:
-    try:
-        _SHADES.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

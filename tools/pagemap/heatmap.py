@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.cli.color import can_write
+from iobmd.cli.encoding import can_write
 from iobmd.pagemap.sampling import Method
 from iobmd.units import PAGE_SIZE, format_count, format_size, format_time
 
@@ -67,7 +67,8 @@ def _print_legend(console: Console, paint: Callable[[int], Text], verb: str) -> 
     from rich.text import Text  # noqa: PLC0415
 
     legend = Text()
-    for level, word in enumerate(("none", *(f"≤ {limit}" for limit in _LIMITS[1:]), "≤ 100 %")):
+    most = "≤ " if can_write("≤") else "<="
+    for level, word in enumerate(("none", *(f"{most}{limit}" for limit in _LIMITS[1:]), f"{most}100 %")):
         legend.append("  " if level else "").append_text(paint(level)).append(f" {word}")
     meaning = f" {verb} in an interval; share: in all"
     if len(legend) + len(meaning) < console.width:

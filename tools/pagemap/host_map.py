@@ -6,6 +6,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd.cli.encoding import can_write
 from iobmd.cli.folding import show
 from iobmd.pagemap.census import MOVABLE
 from iobmd.units import format_size
@@ -89,7 +90,7 @@ class _Brush:
     """Cells with the colors that the terminal has, or letters."""
 
     def __init__(self, system: str | None) -> None:
-        self.shades = system is not None and _can_encode(_SHADES + _UNUSED["free"])
+        self.shades = system is not None and can_write(_SHADES + _UNUSED["free"])
         self._plain = system == "standard"
 
     def text(self, text: str) -> Text:
@@ -137,11 +138,3 @@ def _legend(kinds: dict[str, int], huge: dict[str, int], brush: _Brush, columns:
                 line.append("  ").append_text(brush.swatch(kind, round(held * room / total)))
             lines.append(line)
     return lines
-
-
-def _can_encode(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -18,10 +18,10 @@ def letters(text: str) -> int:
     )
 
 
-def shortened(text: str, room: float, width: Callable[[str], float] = letters, dots: str = "…") -> str:
-    """Return a text that fits the room, with dots at the end if it was cut; empty if little would remain."""
+def shortened(text: str, room: float, width: Callable[[str], float] = letters) -> str:
+    """Return a text that fits the room, with "…" at the end if it was cut; empty if little would remain."""
     if width(text) <= room:
         return text
-    while len(text) > 2 and width(text + dots) > room:
+    while len(text) > 2 and width(f"{text}…") > room:
         text = text[:-1]
-    return text + dots if len(text) > 2 else ""
+    return f"{text}…" if len(text) > 2 else ""

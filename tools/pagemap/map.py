@@ -7,7 +7,8 @@ from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.cli.color import can_write, has_color, painter
+from iobmd.cli.color import has_color, painter
+from iobmd.cli.encoding import can_write
 from iobmd.cli.folding import folded, terminal_width
 from iobmd.units import PAGE_SIZE, format_size
 
@@ -183,11 +184,7 @@ def _labelled(row: Row, room: int) -> str:
     left = room - max(len(size), _SIZE) - 1
     if left < 3:
         return ""
-    return f"{size:>{_SIZE}} {shortened(row.label, left, dots=_dots())}"
-
-
-def _dots() -> str:
-    return "…" if can_write("…") else "~"
+    return f"{size:>{_SIZE}} {shortened(row.label, left)}"
 
 
 def _legend(survey: Survey, width: int) -> list[str]:
@@ -195,7 +192,7 @@ def _legend(survey: Survey, width: int) -> list[str]:
     lines: list[str] = []
     room = 0
     for state, whole in survey.legend():
-        words = shortened(whole, width - 2, dots=_dots())
+        words = shortened(whole, width - 2)
         needed = len(words) + 5
         if needed > room or not lines:
             lines.append("")

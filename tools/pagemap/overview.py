@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.cli.color import can_write, painter
+from iobmd.cli.color import painter
 from iobmd.cli.folding import folded, terminal_height, terminal_width
 from iobmd.printable import printable
 
@@ -150,6 +150,5 @@ def show_rows(
             continue
         print(text + (shortened(name, width - 1 - len(text)) if width else name))
     if rest := rows[most:]:
-        dots = "…" if can_write("…") else "..."
         size = brief(sum(row.total.resident for row in rest))
-        print(paint(f"{dots} {len(rest):,} more, {size} of rss: --all", "dim"))
+        print(paint(f"… {len(rest):,} more, {size} of rss: --all", "dim"))

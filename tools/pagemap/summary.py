@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd.cli.color import can_write, painter
+from iobmd.cli.color import painter
+from iobmd.cli.encoding import can_write
 from iobmd.cli.folding import flowed, folded
 from iobmd.units import PAGE_SIZE, format_count, format_size
 
