@@ -76,6 +76,8 @@ def test_paths_that_fail(tree: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = capsys.readouterr()
     assert "large" in output.out
     assert "none: No such file or directory" in output.err
+    assert main(["pagemap", "--file", str(tree / "none")]) == 1
+    assert "file\n" not in capsys.readouterr().out
     assert main(["pagemap", "--file", str(tree), "--openmetrics"]) == 2
     assert "--openmetrics cannot be combined with --file" in capsys.readouterr().err
 

@@ -193,6 +193,16 @@ def _show(walk: Walk) -> None:
     show(f"{format_size(walk.cached)} of {format_size(walk.size)}{share} of {files} in memory{dirty}", width)
     for hidden in walk.hidden():
         show(str(hidden), width)
+    if largest:
+        _show_table(largest, columns)
+    if walk.count > len(largest):
+        rest = walk.cached - sum(found.cache.cached for found in largest)
+        show(
+            f"… {format_count(walk.count - len(largest), 'more file')}, {format_size(rest)} (--csv lists all)", width
+        )
+
+
+def _show_table(largest: list[Found], columns: int) -> None:
     cells = max(0, min(64, columns - 30 - _NAME))
     places = cells >= 8
     print(f"\n{'cached':>10}{'of':>10}{'%':>5}  " + (f"{'position':{cells + 4}}" if places else "") + "file")
@@ -202,11 +212,6 @@ def _show(walk: Walk) -> None:
         if places:
             line += f"[{_drawn(found.path, cells)}]  "
         print(line + shortened(printable(found.path), columns - len(line)))
-    if walk.count > len(largest):
-        rest = walk.cached - sum(found.cache.cached for found in largest)
-        show(
-            f"… {format_count(walk.count - len(largest), 'more file')}, {format_size(rest)} (--csv lists all)", width
-        )
 
 
 def _largest(walk: Walk, rows: int) -> list[Found]:
