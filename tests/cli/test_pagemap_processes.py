@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from iobmd.tools.pagemap import usage
 from iobmd.tools.pagemap.usage import container_of, memory_cgroup
-from support.child import NOBODY, in_child, sleeping, started
+from support.child import NOBODY, in_child, sleeping, started, until_asleep
 from support.commands import shown
 from support.targets import until_at_rest
 from support.terminal import lines_on_terminal
@@ -111,19 +112,35 @@ def test_groups_of_processes(pair: list[int], key: str, capsys: pytest.CaptureFi
     assert re.search(rf"^ +2 .*  {re.escape(row[key])}$", text, re.M), text
 
 
+def test_a_name_of_which_the_kernel_keeps_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "iobmd-program-with-a-long-name"
+    program.symlink_to(shutil.which("sleep") or "")
+    with started(["sleep", "600"], executable=program) as process:
+        until_asleep(process.pid)
+        for text in ("d-program", program.name[:-1], program.name):
+            (row,) = json.loads(shown(capsys, "--processes", "--name", text, "--json"))["processes"]
+            assert (row["pid"], row["name"]) == (process.pid, program.name[:15])
+    assert main(["pagemap", "--processes", "--name", f"another-{program.name}"]) == 0
+    assert "no process matches" in capsys.readouterr().err
+
+
 @pytest.mark.needs("root")
 def test_processes_of_a_user_and_of_a_cgroup(pair: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     with sleeping(NOBODY) as process:
         rows = json.loads(shown(capsys, "--processes", "--user", "nobody", "--json"))["processes"]
         assert process.pid in {row["pid"] for row in rows}
         assert {row["user"] for row in rows} == {"nobody"}
+        by_number = json.loads(shown(capsys, "--processes", "--user", str(NOBODY), "--json"))["processes"]
+        assert process.pid in {row["pid"] for row in by_number}
+        assert {row["user"] for row in by_number} == {"nobody"}
+    assert main(["pagemap", "--processes", "--user", "no such user"]) == 2
+    assert "no user has the name 'no such user'" in capsys.readouterr().err
     path = memory_cgroup(cgroup.membership())
     rows = json.loads(shown(capsys, "--processes", "--cgroup", path, "--name", NAME, "--json"))["processes"]
     assert {row["pid"] for row in rows} == {*pair}
     assert main(["pagemap", "--processes", "--cgroup", "/no/such/group"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("0 processes")
-    assert "no process matches" in printed.err
+    assert (printed.out, printed.err) == ("", "iobmd pagemap: no process matches\n")
 
 
 @pytest.mark.needs("root")

@@ -240,7 +240,7 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
 
 def _add_processes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--processes", action="store_true", help="a row for each process, and their sum")
-    group.add_argument("--user", metavar="USER", help="processes of this user")
+    group.add_argument("--user", type=_uid, metavar="USER", help="processes of this user, by name or UID")
     group.add_argument("--cgroup", metavar="TEXT", help="processes whose memory cgroup contains this text")
     group.add_argument("--container", metavar="ID", help="processes of this container")
     group.add_argument("--by", choices=BY, metavar="KEY", help=f"a row for each {', '.join(BY)}")
@@ -293,6 +293,17 @@ def _pid(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a PID nor self")
     return int(text)
+
+
+def _uid(text: str) -> int:
+    import pwd  # noqa: PLC0415 (for --user only)
+
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        if text.isascii() and text.isdecimal():
+            return int(text)
+    raise argparse.ArgumentTypeError(f"no user has the name {text!r}")
 
 
 def _seconds(text: str) -> float:

@@ -94,6 +94,11 @@ def _sorted(rows: list[Usage], sort: str) -> list[Usage]:
 
 def _show(arguments: argparse.Namespace, processes: Processes, rows: list[Usage], total: Total) -> None:
     width = terminal_width()
+    if not rows:
+        show_hidden(processes.hidden(), width)
+        if not processes.refused and not processes.busy:
+            print("iobmd pagemap: no process matches", file=sys.stderr)
+        return
     head = _heading(arguments, width)
     names = ("procs", *DEFAULT) if arguments.by else DEFAULT
     if width is None:
@@ -110,8 +115,6 @@ def _show(arguments: argparse.Namespace, processes: Processes, rows: list[Usage]
     show_rows(table, columns, total, width, most, head)
     print(f"{'':{len(head.start)}}{cells(columns, total, total)}  total")
     show_hidden(hidden, width)
-    if not rows:
-        print("iobmd pagemap: no process matches", file=sys.stderr)
 
 
 def _title(total: Total) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pwd
 import re
 import time
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _T = TypeVar("_T")
+_NAME = 15
+"""Bytes that the kernel keeps of the name of a program."""
 _PATIENCE = 2.0
 """Seconds that a process may make the kernel wait: the server of a file that it maps (FUSE) may not answer."""
 
@@ -142,7 +145,7 @@ class Processes:
             if "VmRSS" not in status.sizes:
                 return None
             found = Usage(pid, status.name, _user(status.uid), *self._group(pid), Total())
-            if not self._chooses(found):
+            if not self._chooses(found, status.uid):
                 return None
             try:
                 self._measure(found, status)
@@ -157,11 +160,11 @@ class Processes:
             return None
         return found
 
-    def _chooses(self, found: Usage) -> bool:
+    def _chooses(self, found: Usage, uid: int) -> bool:
         wanted = self._arguments
         return (
-            (wanted.name is None or wanted.name in found.name)
-            and (wanted.user is None or wanted.user == found.user)
+            (wanted.name is None or _has_text(found.name, wanted.name))
+            and (wanted.user is None or wanted.user == uid)
             and (wanted.cgroup is None or wanted.cgroup in found.cgroup)
             and (wanted.container is None or _is_id(wanted.container, found.container))
         )
@@ -220,6 +223,11 @@ def _add_rollup(total: Total, counters: dict[str, int], sizes: dict[str, int]) -
     total.huge = sum(counters.get(name, 0) for name in procfs.HUGE)
     total.locked = min(total.resident, sizes.get("VmLck", 0))
     total.lazy_free = counters.get("LazyFree", 0)
+
+
+def _has_text(name: str, text: str) -> bool:
+    """Return whether a program has a text in its name, whose end the kernel may have cut (proc_pid_comm(5))."""
+    return text in name or (len(os.fsencode(name)) == _NAME and text.startswith(name))
 
 
 def _is_id(wanted: str, container: str) -> bool:

@@ -117,7 +117,7 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sort -xka "address name siz
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sharers -d 'the other processes that map each file or shared memory'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l columns -x -d 'columns, separated by commas; all: all of them'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l processes -d 'a row for each process, and their sum'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l user -x -d 'processes of this user'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l user -x -d 'processes of this user, by name or UID'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l cgroup -x -d 'processes whose memory cgroup contains this text'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l container -x -d 'processes of this container'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l by -xka "user name cgroup container" -d 'a row for each user, name, cgroup, container'
