@@ -109,6 +109,8 @@ VIEWS = {
     "host": View("--host", until="one unmovable page"),
 }
 """Views by the names of their files."""
+HEAT_IMAGE = "heat-image"
+"""The picture of `--heat --svg`."""
 PAGES = {"page-light": "", "page-dark": "theme=dark&search=heap"}
 """Pictures of the page of --html, and the part of its address after #."""
 
@@ -117,12 +119,16 @@ def main() -> None:
     """Make the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, prog="make screenshots")
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="FOLDER")
-    parser.add_argument("views", nargs="*", metavar="VIEW", help=f"{', '.join(VIEWS)}, page")
+    parser.add_argument("views", nargs="*", metavar="VIEW", help=f"{', '.join(VIEWS)}, {HEAT_IMAGE}, page")
     arguments = parser.parse_args()
     if not host.has_swap():
         print("this host has no swap (swapon): the pictures will show no swapped memory", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="iobmd-") as folder:
-        for name in arguments.views or [*VIEWS, "page"]:
+        for name in arguments.views or [*VIEWS, HEAT_IMAGE, "page"]:
+            if name == HEAT_IMAGE:
+                with _program(Path(folder), busy=True) as pid:
+                    _heat_image(pid, arguments.into / f"{name}.svg")
+                continue
             if name != "page":
                 _terminals(name, VIEWS[name], arguments.into, Path(folder))
                 continue
@@ -246,6 +252,12 @@ _FORMAT = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="ht
 </g>
 </svg>
 """
+
+
+def _heat_image(pid: int, path: Path) -> None:
+    command = [sys.executable, "-m", "iobmd", "pagemap", str(pid), "--heat", "6", "--count", "60"]
+    subprocess.run([*command, "--method", "written", "--svg", str(path)], check=True)
+    path.chmod(0o644)
 
 
 def _pages(pid: int, into: Path, folder: Path) -> None:

@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from iobmd.tools.pagemap.heatmap import rows_of
+from PIL import Image
 from support import kernel
 from support.targets import Target, need_ptrace
 from support.terminal import lines_on_terminal
@@ -24,6 +27,10 @@ from iobmd.units import PAGE_SIZE
 MIB = 1 << 20
 AT, SIZE, HUGE, IDLE = 0x200000000000, 8 << 20, 0x200040000000, 0x200080000000
 WRITTEN, READ = (1 * MIB, 2 * MIB), (5 * MIB, 6 * MIB)
+SVG = "{http://www.w3.org/2000/svg}"
+TOPS = re.compile(r"M[\d.]+ ([\d.]+)h")
+"""The upper edges of the boxes of a path."""
+ADDRESS = re.compile("[0-9a-f]{9,}")
 
 PROGRAM = """
 import ctypes, select, sys
@@ -214,6 +221,60 @@ def test_the_picture_fits_the_terminal(target: Target, columns: int) -> None:
     assert all(len(line.rpartition("\r")[2]) <= columns for line in lines), lines
     assert any(line.startswith("memory ") and line.rstrip().endswith("s") for line in lines)
     assert any("≤" in line for line in lines)
+
+
+def blocks_of(path: Path) -> dict[int, bool]:
+    """Return the addresses of the rows of an image, and whether they show use."""
+    svg = ElementTree.parse(path).getroot()
+    used = {
+        float(y)
+        for shape in svg.iter(f"{SVG}path")
+        if shape.get("class", "").startswith("heat")
+        for y in TOPS.findall(shape.get("d", ""))
+    }
+    addresses = (label for label in svg.iter(f"{SVG}text") if ADDRESS.fullmatch(label.text or ""))
+    return {int(label.text or "", 16): float(label.get("y", 0)) - 11 in used for label in addresses}
+
+
+def test_an_image_shows_which_blocks_were_written(target: Target, tmp_path: Path) -> None:
+    need_ptrace()
+    command = ["pagemap", str(target.pid), "--heat", "1", "--count", "5", "--method", "written"]
+    for _ in range(20):  # on a busy machine, the program does not run in each interval
+        assert main([*command, "--svg", str(tmp_path / "image")]) == 0
+        blocks = blocks_of(tmp_path / "image")
+        if blocks[AT + MIB]:
+            break
+    for start, used in ((AT, WRITTEN), (IDLE, (0, 0))):
+        within = {address - start: heat for address, heat in blocks.items() if start <= address < start + SIZE}
+        assert len(within) >= SIZE // MIB
+        assert within == {offset: used[0] <= offset < used[1] for offset in within}
+    assert has_its_contents(target)
+
+
+@pytest.mark.parametrize("option", ["--png", "--svg"])
+def test_an_image_of_areas(target: Target, option: str, tmp_path: Path) -> None:
+    """Referenced bits are those of whole areas: an area is a row."""
+    command = ["pagemap", str(target.pid), "--heat", "0.4", "--method", "referenced", option, str(tmp_path / "image")]
+    assert main(command) == 0
+    if option == "--png":
+        with Image.open(tmp_path / "image") as image:
+            assert image.width == 1200
+            assert len(image.getcolors() or ()) > 8
+        return
+    blocks = blocks_of(tmp_path / "image")
+    assert {address for address in blocks if AT <= address < IDLE + SIZE} == {AT, HUGE, IDLE}
+
+
+def test_the_first_row_of_an_area_names_it() -> None:
+    """Its first block may have no memory, and the row of the next one is below another area."""
+    with mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        area[32 * PAGE_SIZE :] = b"x" * 32 * PAGE_SIZE
+        rows = list(rows_of(pagemap.heat(area, 0.2, method="written", intervals=2), 8))
+    assert [row.begins for row in rows] == [True, *[False] * (len(rows) - 1)]
+    assert [row.label.partition("+")[0] for row in rows[1:]] == ["  "] * (len(rows) - 1)
+    assert rows[0].label.partition(" +")[0].strip()
+    assert sum(row.resident for row in rows) == 32 * PAGE_SIZE
 
 
 def test_memory_of_this_process() -> None:

@@ -6,13 +6,14 @@ from xml.etree import ElementTree
 import pytest
 from iobmd.tools.pagemap.arguments import parse
 from iobmd.tools.pagemap.palette import INKS
-from iobmd.tools.screenshots import PAGES, SIZES, VIEWS
+from iobmd.tools.screenshots import HEAT_IMAGE, PAGES, SIZES, VIEWS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_every_view_is_drawn_and_shown() -> None:
     drawn = {f"{name}-{columns}.svg" for name in VIEWS for columns in SIZES} | {f"{name}.png" for name in PAGES}
+    drawn.add(f"{HEAT_IMAGE}.svg")
     assert {path.name for path in (DOCS / "screenshots").iterdir()} == drawn
     page = (DOCS / "questions.md").read_text()
     assert [name for name in drawn if f"(screenshots/{name})" not in page] == []

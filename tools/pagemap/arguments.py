@@ -45,10 +45,10 @@ _AS_JSON = {
     "frame": ["json"],
     "processes": ["json", "csv", "openmetrics"],
     "watch": ["json"],
-    "heat": ["json"],
+    "heat": ["json", "svg", "png"],
     "diff": ["json"],
 }
-"""Those of them that support --json, or also --csv."""
+"""Those of them that have several formats."""
 BY = ("user", "name", "cgroup", "container")
 _OF_PROCESSES = ("user", "cgroup", "container", "by")
 _WITHOUT_CHOICE = {
@@ -278,7 +278,12 @@ def _add_ways(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--png", metavar="FILE", help="the same picture (requires the extra iobmd[plot])")
     group.add_argument("--html", metavar="FILE", help="the same picture as a self-contained page")
     group.add_argument("--watch", type=_seconds, metavar="SECONDS", help="read repeatedly, and show the changes")
-    group.add_argument("--heat", type=_seconds, metavar="SECONDS", help="sample which memory is used, and draw it")
+    group.add_argument(
+        "--heat",
+        type=_seconds,
+        metavar="SECONDS",
+        help="sample which memory is used, and draw it; also as --svg, --png",
+    )
     group.add_argument(
         "--method", choices=METHODS, metavar="METHOD", help=f"with --heat: how use is detected ({', '.join(METHODS)})"
     )

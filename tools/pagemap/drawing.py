@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from iobmd.units import format_count, format_size
 
@@ -44,7 +44,7 @@ class Box(NamedTuple):
     width: float
     height: float
     ink: str
-    """A state, or `paper`, `ground`, `line`, `border`."""
+    """One of the `colors` of the image, or `paper`, `ground`, `line`, `border`."""
     strength: float = 1
     """Its opacity."""
     tip: str = ""
@@ -63,12 +63,26 @@ class Label(NamedTuple):
     room: float = WIDTH
 
 
+class Image(Protocol):
+    """Boxes and labels on a sheet of paper."""
+
+    width: int
+    height: int
+    colors: dict[str, str]
+    """The colors of its inks, besides `paper`, `ground`, `line` and `border`."""
+
+    def items(self) -> Iterator[Box | Label]:
+        """Iterate over all items in drawing order."""
+        ...
+
+
 class Drawing:
     """A picture of a survey: bars of the largest mappings, a strip by address, and unless hidden, physical memory."""
 
     def __init__(self, look: Look, survey: Survey) -> None:
         self.look, self.survey, self.grid = look, survey, survey.grid
         self.width = WIDTH
+        self.colors = {state: ink.color for state, ink in INKS.items()}
         self._scale = _PLOT / max(1, survey.grid.length)
         self._legend = list(self._placed_legend())
         self._bars, count, rest = survey.largest(_BARS)
@@ -118,7 +132,9 @@ class Drawing:
         scale = (_PLOT - _NAMES - _BAR_ROOM) / max(1, most)
         for index, (name, sums) in enumerate(self._bars):
             y = self._bars_top + 20 + index * _LINE
-            yield Label(_LEFT + _NAMES - 8, y + 12, shortened(name, _NAMES - 8, _width), "end", "name", _NAMES - 8)
+            yield Label(
+                _LEFT + _NAMES - 8, y + 12, shortened(name, _NAMES - 8, fixed_width), "end", "name", _NAMES - 8
+            )
             x = float(_LEFT + _NAMES)
             for state, ink in INKS.items():
                 if ink.is_memory and (length := sums.get(state, 0)):
@@ -156,7 +172,7 @@ class Drawing:
             room = width - 8
             size = format_size(end - position)
             for row, text in enumerate((name or tip.partition(":")[0], size)):
-                cut = shortened(text, room, _width)
+                cut = shortened(text, room, fixed_width)
                 if cut and (cut == text or row == 0):  # a size is not cut
                     yield Label(x + 4, self._top + 14 + row * 14, cut, role="name", room=room)
         yield Box(self._x(self.grid.length), self._top, 1, _BOXES, "border")
@@ -263,5 +279,6 @@ def _tip(mapping: Part) -> str:
     return f"{mapping.name}\n{mapping.start:#x}-{mapping.end:#x}{areas}\n{format_size(mapping.length)} in pages"
 
 
-def _width(text: str) -> float:
+def fixed_width(text: str) -> float:
+    """Return the width of a label of fixed pitch, in pixels."""
     return letters(text) * _LETTER

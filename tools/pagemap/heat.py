@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from iobmd.cli.folding import folded, terminal_width
@@ -14,7 +15,9 @@ from iobmd.pagemap.sampling import SHORTEST, Heat, Method, check_interval, sampl
 from iobmd.remote import userfaultfd
 from iobmd.units import format_count, format_size, format_time
 
+from . import picture
 from .document import VERSION, write_list
+from .heat_image import HeatImage
 from .heatmap import draw
 from .look import Look
 
@@ -54,6 +57,7 @@ _CAVEATS = {
 def run(arguments: argparse.Namespace) -> None:
     """Sample, and print the picture or the document."""
     look = Look(arguments)
+    image = picture.format_of(arguments)
     method = Method(arguments.method) if arguments.method else _best()
     tracked = method in (Method.ACCESSED, Method.WRITTEN)
     intervals = arguments.count or max(1, min(INTERVALS, int(arguments.heat / (2 * SHORTEST))))
@@ -67,6 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     heat = sampled(sampler, look.where, arguments.heat, intervals, progress=_progress(arguments.heat))
     if arguments.json:
         _write(look, heat)
+    elif image:
+        kind, path = image
+        drawing = HeatImage(look.title, heat, [*summary(look, heat)][1:], [*remarks(heat)])
+        picture.save(path, look.title, partial(picture.write, kind, drawing))
     else:
         _print(look, heat)
     if heat.has_ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -15,19 +16,17 @@ from .drawing import Box, Drawing
 from .grid import Grid
 from .labels import shortened
 from .look import Look
-from .palette import INKS
 from .survey import Survey
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import BinaryIO
 
-    from .drawing import Label
+    from .drawing import Image, Label
 
 _LIGHT = {"paper": "#ffffff", "ground": "#f3f4f6", "line": "#d5d8dc", "border": "#7c838b", "text": "#1b1f24"}
 _DARK = {"paper": "#15181c", "ground": "#21262c", "line": "#3a4149", "border": "#8b949e", "text": "#e6e9ec"}
-_COLORS = _LIGHT | {state: ink.color for state, ink in INKS.items()}
 _SIZES = {"title": 19, "heading": 13, "plain": 12, "name": 11}
 """Font sizes by the role of a label."""
 
@@ -37,31 +36,50 @@ _SHADES = 6
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the picture."""
-    kind, path = next((kind, path) for kind in _WRITERS if (path := getattr(arguments, kind)) is not None)
+    kind, path = format_of(arguments) or ("html", arguments.html)
     look = Look(arguments)
-    if kind == "png":
-        _require_pillow()
     columns, rows = (1024, 96) if kind == "html" else (448, 128)  # a page can be zoomed
     grid = Grid(columns, physical_limit=rows if look.frames else 0)
     if look.frames:
         grid.reach(zones.end_of_memory())
     survey = Survey(look, grid)
-    with replacing("/dev/stdout" if path == "-" else path, 0o600) as file:
-        what = _WRITERS[kind](look, survey, file)
-    print(f"{path}: {look.title}, {what}", file=sys.stderr)
+    save(
+        path,
+        look.title,
+        partial(_write_html, look, survey) if kind == "html" else partial(write, kind, Drawing(look, survey)),
+    )
     look.require_task()
 
 
-def _write_svg(look: Look, survey: Survey, file: BinaryIO) -> str:
-    drawing = Drawing(look, survey)
-    file.writelines(line.encode() for line in _svg(drawing))
+def format_of(arguments: argparse.Namespace) -> tuple[str, str] | None:
+    """Return the requested format of an image, and the file; None if no image is requested."""
+    if arguments.png is not None:
+        _require_pillow()
+        return "png", arguments.png
+    return None if arguments.svg is None else ("svg", arguments.svg)
+
+
+def save(path: str, title: str, write: Callable[[BinaryIO], str]) -> None:
+    """Write a file, and report it on stderr."""
+    with replacing("/dev/stdout" if path == "-" else path, 0o600) as file:
+        what = write(file)
+    print(f"{path}: {title}, {what}", file=sys.stderr)
+
+
+def write(kind: str, drawing: Image, file: BinaryIO) -> str:
+    """Write an image in a format, and return its size."""
+    if kind == "svg":
+        file.writelines(line.encode() for line in _svg(drawing))
+    else:
+        _write_png(drawing, file)
     return f"{drawing.width}x{drawing.height} pixels"
 
 
-def _svg(drawing: Drawing) -> Iterator[str]:
+def _svg(drawing: Image) -> Iterator[str]:
     size = f'width="{drawing.width}" height="{drawing.height}"'
     yield f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {drawing.width} {drawing.height}" '
-    yield f'font-family="system-ui, sans-serif" shape-rendering="crispEdges">\n<style>\n{_style(_COLORS)}'
+    yield 'font-family="system-ui, sans-serif" shape-rendering="crispEdges">\n<style>\n'
+    yield _style(_LIGHT | drawing.colors)
     for role, height in _SIZES.items():
         yield f"text.{role} {{ font-size: {height}px }}\n"
     yield "text.title, text.heading { font-weight: 600 }\n"
@@ -108,9 +126,9 @@ def _label(label: Label) -> str:
 
 
 def _write_html(look: Look, survey: Survey, file: BinaryIO) -> str:
-    from .page import write  # noqa: PLC0415 (the command starts sooner without)
+    from . import page  # noqa: PLC0415 (the command starts sooner without)
 
-    return write(look, survey, file, _LIGHT, _DARK)
+    return page.write(look, survey, file, _LIGHT, _DARK)
 
 
 def _require_pillow() -> None:
@@ -121,17 +139,17 @@ def _require_pillow() -> None:
         raise UnsupportedError(message) from None
 
 
-def _write_png(look: Look, survey: Survey, file: BinaryIO) -> str:
+def _write_png(drawing: Image, file: BinaryIO) -> None:
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415
 
-    drawing = Drawing(look, survey)
+    tinted = partial(_tinted, _LIGHT | drawing.colors)
     # A byte for each pixel: a third of the memory, and smaller files.
     palette = {_LIGHT["paper"]: 0}
     image = Image.new("P", (drawing.width, drawing.height), 0)
     pen = ImageDraw.Draw(image)
     fonts = {role: ImageFont.load_default(size) for role, size in _SIZES.items()}
     shades = [
-        palette.setdefault(_tinted("text", shade / _SHADES, "paper"), len(palette)) for shade in range(_SHADES + 1)
+        palette.setdefault(tinted("text", shade / _SHADES, "paper"), len(palette)) for shade in range(_SHADES + 1)
     ]
     levels = [shades[round(level / 255 * _SHADES)] for level in range(256)]
     for item in drawing.items():
@@ -139,7 +157,7 @@ def _write_png(look: Look, survey: Survey, file: BinaryIO) -> str:
             # The right and lower edges belong to the rectangle, which has at least one pixel.
             left, top = round(item.x), round(item.y)
             right, bottom = round(item.x + item.width) - 1, round(item.y + item.height) - 1
-            fill = palette.setdefault(_tinted(item.ink, item.strength, "ground"), len(palette))
+            fill = palette.setdefault(tinted(item.ink, item.strength, "ground"), len(palette))
             pen.rectangle((left, top, max(left, right), max(top, bottom)), fill=fill)
         else:
             font = fonts[item.role]
@@ -152,14 +170,9 @@ def _write_png(look: Look, survey: Survey, file: BinaryIO) -> str:
             image.paste(tile.point(levels), (start, round(item.y) - height * 3 // 4), inked)
     image.putpalette(bytes.fromhex("".join(color[1:] for color in palette)))
     image.save(file, "PNG")
-    return f"{drawing.width}x{drawing.height} pixels"
 
 
-def _tinted(ink: str, strength: float, ground: str) -> str:
+def _tinted(colors: dict[str, str], ink: str, strength: float, ground: str) -> str:
     """Return an ink that covers the ground in part."""
-    pairs = ((int(_COLORS[name][index : index + 2], 16) for name in (ink, ground)) for index in (1, 3, 5))
+    pairs = ((int(colors[name][index : index + 2], 16) for name in (ink, ground)) for index in (1, 3, 5))
     return "#" + "".join(f"{round(above * strength + below * (1 - strength)):02x}" for above, below in pairs)
-
-
-_WRITERS = {"svg": _write_svg, "png": _write_png, "html": _write_html}
-"""Writers by option."""

@@ -139,7 +139,7 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l svg -xka "(__fish_complete_
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l png -xka "(__fish_complete_path (commandline -ct))" -d 'the same picture (requires the extra iobmd[plot])'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l html -xka "(__fish_complete_path (commandline -ct))" -d 'the same picture as a self-contained page'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l watch -x -d 'read repeatedly, and show the changes'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l heat -x -d 'sample which memory is used, and draw it'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l heat -x -d 'sample which memory is used, and draw it; also as --svg, --png'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l method -xka "accessed written damon referenced" -d 'with --heat: how use is detected (accessed, written, damon, referenced)'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l count -x -d 'with --watch or --heat: number of times to read'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l save -xka "(__fish_complete_path (commandline -ct))" -d 'save a snapshot'
