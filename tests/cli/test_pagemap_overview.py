@@ -98,6 +98,7 @@ def test_the_screen_fits_the_terminal(target: int, columns: int, options: list[s
     if not options:
         assert "pss" in heading
         assert ("areas" in heading) is (columns >= 120)
+        assert ({"shared", "eligible", "mthp"} <= set(heading)) is (columns >= 200)
         assert re.fullmatch(r"… \d+ more, \S+ of rss: --all", lines[-1])
 
 
@@ -281,7 +282,7 @@ def test_the_first_screen_needs_no_privilege_and_no_excuse() -> None:
 
     text = in_child(shown_there, uid=NOBODY)
     row = tabled(text)[0]
-    assert row["runs"] == row["largest"] == "?"
+    assert row["runs"] == row["largest"] == row["mthp"] == "?"
     assert "?" not in (row["rss"], row["pss"], row["uss"], row["swap"], row["huge"])
     assert "not shown: frame numbers" in text
 

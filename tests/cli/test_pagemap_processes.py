@@ -170,6 +170,8 @@ def test_it_fits_the_terminal(pair: list[int], columns: int, options: list[str])
     assert max(map(len, lines)) <= columns
     assert len(lines) < 24
     assert any(line.endswith("  total") for line in lines)
+    if options[:1] == ["--by"] and columns >= 80:
+        assert any(line.lstrip().startswith("procs ") for line in lines)
 
 
 def test_a_process_that_makes_the_kernel_wait_is_left_out(

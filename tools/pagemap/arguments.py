@@ -228,7 +228,10 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--all", action="store_true", help="all rows, even if they do not fit the terminal")
     group.add_argument("--top", type=_count, metavar="N", help="the first N rows")
     group.add_argument(
-        "--sort", choices=KEYS, metavar="KEY", help="sort by a column (default: rss), by name, or areas by address"
+        "--sort",
+        choices=KEYS,
+        metavar="KEY",
+        help="sort by a column (default: rss; of processes, pss), by name, or areas by address",
     )
     group.add_argument(
         "--sharers", action="store_true", help="the other processes that map each file or shared memory"

@@ -168,7 +168,7 @@ def summary(total: Total, visible: bool) -> dict[str, Any]:
         "shared_bytes": total.shared,
         "swapped_bytes": total.swapped,
         "huge_bytes": total.huge,
-        "folio_bytes": dict(total.folios),
+        "folio_bytes": None if total.folios is None else dict(total.folios),
         "locked_bytes": total.locked,
         "lazy_free_bytes": total.lazy_free,
         "zero_bytes": total.zero,

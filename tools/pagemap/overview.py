@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 DEFAULT = (
     "rss", "rss%", "pss", "uss", "anon", "file", "shmem", "swap", "huge", "huge%", "locked", "size", "areas"
 )  # fmt: skip
-"""Columns on a terminal; with --columns, or in a file or a pipe, there may be more."""
+"""Columns on a terminal; with --columns, on a wide one, or in a file or a pipe, there may be more."""
+_WIDE, _ON_WIDE = 200, ("shared", "eligible", "mthp", "lazyfree")
+"""Columns of a wide terminal, and what it shows besides the default."""
 WITH_SHARERS = ("rss", "pss", "shared")
 """Columns with --sharers, to leave room for the names of processes."""
 _NAME, _LEAST_NAME = 14, 8
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts = None if look.criteria else facts_of(look)
     groups = grouped(look)
     total = groups.total
-    names = OF_AREAS if width is None else WITH_SHARERS if arguments.sharers else DEFAULT
+    names = OF_AREAS if width is None else WITH_SHARERS if arguments.sharers else _default(look, width)
     columns = chosen_columns(arguments, width, total, names)
     shown = {one.name for one in columns}
     hidden = [one for one in look.hidden if width is None or not one.columns or shown & set(one.columns)]
@@ -74,6 +76,12 @@ def run(arguments: argparse.Namespace) -> None:
     show_restless(look, width)
     show_unmatched(look)
     look.require_task()
+
+
+def _default(look: Look, width: int) -> tuple[str, ...]:
+    """Return the columns of a terminal of this width; a wide one has others, unless they are hidden."""
+    hidden = {name for one in look.hidden for name in one.columns}
+    return DEFAULT if width < _WIDE else (*DEFAULT, *(name for name in _ON_WIDE if name not in hidden))
 
 
 def grouped(look: Look) -> Groups:

@@ -48,7 +48,7 @@ def physical(total: Total, width: int | None) -> list[str]:
             f"{format_count(total.runs, 'physical run')}, largest {brief(total.largest)}, {mean} on average; "
             f"{total.ascending:,} ascend, {total.descending:,} descend"
         )
-    if large := folios(total.folios):
+    if total.folios and (large := folios(total.folios)):
         found.append(f"mapped page by page: {large}")
     return [part for line in found for part in folded(line, width).splitlines()]
 

@@ -26,7 +26,7 @@ class Total:
         The size of the areas where the kernel may use transparent huge pages.
     runs, largest, in_runs, ascending, descending : int
         The number of physical runs, the largest, the bytes in them, and their order.
-    folios : Counter
+    folios : Counter or None
         Bytes that are mapped page by page, by the size of their folio.
     """
 
@@ -49,7 +49,7 @@ class Total:
         self.locked: int | None = 0
         self.lazy_free: int | None = 0
         self.thp_eligible: int | None = 0
-        self.folios = _NO_FOLIOS  # most have none
+        self.folios: Counter[int] | None = _NO_FOLIOS  # most have none
 
     def counted(self, area: Area) -> Area:
         """Add an area, and return it."""
@@ -93,7 +93,9 @@ class Total:
         self._add_folios(other.folios)
 
     def _add_folios(self, folios: dict[int, int] | None) -> None:
-        if folios:
+        if folios is None:
+            self.folios = None
+        elif folios and self.folios is not None:
             if self.folios is _NO_FOLIOS:
                 self.folios = Counter()
             self.folios.update(folios)
