@@ -300,27 +300,45 @@ document.body.replaceChildren(Object.assign(document.createElement("pre"), {text
 """
 
 
-def test_a_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Searches, filters, zooms, sorts and switches the theme; names that look like HTML remain text."""
-    browser = need_program("chromium")
-    page, profile = tmp_path / "file.html", tmp_path / "profile"
-    with Target([sys.executable, "-I", "-S", "-c", HOSTILE]) as target:
-        shown(capsys, str(target.pid), "--html", str(page))
-    text = page.read_text()
-    assert text.count("</script>") == 2
+def reported(page: Path, script: str, width: int) -> dict[str, Any]:
+    """Return what a script reports of a page in a browser, as JSON in an element `pre`."""
     # The policy would also stop a name that was not escaped, and this script.
-    page.write_text(
-        re.sub(r"<meta http-equiv=.*", "", text).replace("</body>", f"<script>{{{USED}}}</script></body>")
-    )
+    text = re.sub(r"<meta http-equiv=.*", "", page.read_text())
+    page.write_text(text.replace("</body>", f"<script>{{{script}}}</script></body>"))
     done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom",
-         "--window-size=1200,900", page.as_uri()],
+        [need_program("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},900", page.as_uri()],
         capture_output=True, text=True, check=False, timeout=PATIENCE * 3,
-        env=os.environ | {"HOME": str(tmp_path)},
+        env=os.environ | {"HOME": str(page.parent)},
     )  # fmt: skip
     (dumped,) = re.findall("<pre>(.*?)</pre>", done.stdout, re.S) or [""]
     assert dumped, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    result = json.loads(html.unescape(dumped))
+    found: dict[str, Any] = json.loads(html.unescape(dumped))
+    return found
+
+
+@pytest.mark.parametrize("width", [520, 1200])
+def test_a_page_fits_the_window(width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the table may be wider, and then has a scroll bar; the title is not split."""
+    shown(capsys, "self", "--html", str(tmp_path / "file.html"))
+    script = """
+    const found = document.createElement("pre"), title = document.querySelector("h1");
+    found.textContent = JSON.stringify({
+      over: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+      lines: Math.round(title.getBoundingClientRect().height / parseFloat(getComputedStyle(title).lineHeight)),
+    });
+    document.body.append(found);
+    """
+    assert reported(tmp_path / "file.html", script, width) == {"over": 0, "lines": 1}
+
+
+def test_a_page_in_a_browser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Searches, filters, zooms, sorts and switches the theme; names that look like HTML remain text."""
+    page = tmp_path / "file.html"
+    with Target([sys.executable, "-I", "-S", "-c", HOSTILE]) as target:
+        shown(capsys, str(target.pid), "--html", str(page))
+    assert page.read_text().count("</script>") == 2
+    result = reported(page, USED, 1200)
     assert result["resources"] == 0
     assert sum("onerror" in name for name in result["all"]) == 1
     assert sum("</script><script>" in name for name in result["all"]) == 1

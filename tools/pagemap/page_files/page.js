@@ -197,7 +197,7 @@ const drawBars = () => {
     for (const state of states.filter(state => state.memory && sums[state.key])) {
       const part = make("i");
       part.style.background = `var(--${state.key})`;
-      part.style.width = `${sums[state.key] * 75 / largest}%`;
+      part.style.width = `calc(min(75%, 100% - 140px) * ${sums[state.key] / largest})`;  // its size is behind it
       span.append(part);
     }
     span.style.gap = "0";
