@@ -120,6 +120,8 @@ def test_a_name_of_which_the_kernel_keeps_the_start(tmp_path: Path, capsys: pyte
         for text in ("d-program", program.name[:-1], program.name):
             (row,) = json.loads(shown(capsys, "--processes", "--name", text, "--json"))["processes"]
             assert (row["pid"], row["name"]) == (process.pid, program.name[:15])
+    assert main(["pagemap", program.name]) == 2
+    assert "--processes --name TEXT shows PIDs" in capsys.readouterr().err
     assert main(["pagemap", "--processes", "--name", f"another-{program.name}"]) == 0
     assert "no process matches" in capsys.readouterr().err
 

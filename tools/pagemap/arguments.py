@@ -299,7 +299,7 @@ def _pid(text: str) -> int:
     if text == "self":
         return os.getpid()
     if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a PID nor self")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a PID nor self: --processes --name TEXT shows PIDs")
     return int(text)
 
 
