@@ -234,9 +234,9 @@ def _rdma() -> str | None:
     return None if importlib.util.find_spec("pyverbs") else "pyverbs is not installed for this Python"
 
 
-def _rdma_refusals() -> str | None:
+def _rdma_answers() -> str | None:
     if _is_before(6, 1):
-        return f"rdma_rxe of Linux {os.uname().release} does not answer requests that it refuses"
+        return f"rdma_rxe of Linux {os.uname().release} leaves refused requests and distant atomics unanswered"
     return _rdma()
 
 
@@ -334,7 +334,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "narrow_edu": _narrow_edu,
     "registers": _registers,
     "rdma": _rdma,
-    "rdma_refusals": _rdma_refusals,
+    "rdma_answers": _rdma_answers,
     "two_nodes": _two_nodes,
     "numpy": lambda: _library("numpy"),
     "pyarrow": lambda: _library("pyarrow"),

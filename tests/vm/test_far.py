@@ -109,7 +109,7 @@ def test_the_agent_dies(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert source.checksum != before
 
 
-@pytest.mark.needs("rdma_refusals")
+@pytest.mark.needs("rdma_answers")
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("wrong", ["key", "address"])
 def test_the_other_side_refuses_what_is_not_registered(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,7 +289,7 @@ def test_kept_memory_makes_room_for_a_region() -> None:
 # --- refusals
 
 
-@pytest.mark.needs("rdma_refusals")
+@pytest.mark.needs("rdma_answers")
 def test_a_wrong_key_reaches_nothing(pairs) -> None:
     one, other = pairs
     with (
@@ -303,7 +303,7 @@ def test_a_wrong_key_reaches_nothing(pairs) -> None:
         assert target.readBytes(0, PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
-@pytest.mark.needs("rdma_refusals")
+@pytest.mark.needs("rdma_answers")
 def test_a_closed_region_is_not_reached(pairs) -> None:
     one, other = pairs
     with (

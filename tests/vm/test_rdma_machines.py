@@ -78,6 +78,7 @@ def test_write_and_read(kind: str, size: int, record_property) -> None:
     record_property("RDMA MiB between guests", 2 * size // MIB)
 
 
+@pytest.mark.needs("rdma_answers")
 def test_atomics(record_property) -> None:
     import pyverbs.enums as verbs
     from pyverbs.wr import SGE, SendWR
