@@ -136,7 +136,7 @@ class IODMACommandOptions(IntFlag, boundary=KEEP):
     kIODMAMapOptionIterateOnly = 0x40
     """Only generate segments: do not use bounce buffers."""
     kIODMAMapOptionDextOwner = 0x80
-    """The command belongs to a driver of DriverKit; refused."""
+    """The command belongs to a driver of DriverKit; accepted, without effect."""
 
 
 kIOMemoryDirectionMask = IOMemoryTypes.kIOMemoryDirectionMask
