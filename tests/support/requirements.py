@@ -44,6 +44,7 @@ MAY_BE_MISSING: dict[str, str] = {
     "narrow_edu": "the same",
     "registers": "the same",
     "rdma": "the same, for two guests",
+    "rdma_answers": "the same; those with Linux 5.10 lack it",
     "two_nodes": "a host may have one; two are those of make test-vm",
     "promtool": "Prometheus takes 330 MB; it is used if it is installed",
     "torch": "the package index only has builds for CUDA, several GB in total; it is used if it is installed",
