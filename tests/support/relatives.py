@@ -151,6 +151,10 @@ class Relative:
         guarded = any(piece.of.inaccessible for piece in self.bytes_at(offset, length))
         return {IOReturn.kIOReturnUnsupported} if guarded else set()
 
+    def has_both_kinds_of_addresses(self) -> bool:
+        """Whether some of its memory has fixed addresses, and some is in page frames."""
+        return len({piece.of.has_fixed_address for piece in self.bytes_at(0, self.length)}) == 2
+
     def read(self, offset: int, length: int) -> bytes:
         pieces = self.bytes_at(offset, length)
         return b"".join(bytes(piece.of.content[piece.start : piece.start + piece.length]) for piece in pieces)
