@@ -68,7 +68,7 @@ class RemotePrivateBacking(RangeBacking):
         self._transfers = Mapping.borrow(self._there.address, extent.length, False)
         try:
             super().__init__(task, self._there.address, extent.length, writable=False)
-            if pin := self._there.take_pin():
+            if pin := self._there.transfer_pin():
                 self._hold_pin(pin)
             elif wired:
                 self._wire()

@@ -62,11 +62,13 @@ class _Pins:
         return slot
 
     def _patiently(self, table: uring.Table, address: int, size: int) -> uring.Slot | None:
+        until = 0.0
         while True:
             try:
                 return table.pin(address, size)
             except OSError as error:
-                if error.errno != errno.ENOMEM or time.monotonic() - self._closed_at > _LATE:
+                until = until or self._closed_at + _LATE  # once: other threads may close rings endlessly
+                if error.errno != errno.ENOMEM or time.monotonic() > until:
                     raise
             time.sleep(0.01)
 
@@ -83,9 +85,9 @@ class _Pins:
         """Note that a ring was closed, which temporarily still counts towards the RLIMIT_MEMLOCK of this user."""
         self._closed_at = time.monotonic()
 
-    def may_uncharge(self) -> bool:
-        """Return whether pins that have ended may still count towards RLIMIT_MEMLOCK."""
-        return time.monotonic() - max(self._closed_at, self._unpinned_at) < _LATEST
+    def uncharged_at(self) -> float:
+        """Return when pins that have ended so far no longer count towards RLIMIT_MEMLOCK (`time.monotonic`)."""
+        return max(self._closed_at, self._unpinned_at) + _LATEST
 
     def forget(self) -> None:
         """Drop the rings in a forked child, which has closed its copies; the parent continues to use them."""
@@ -93,7 +95,7 @@ class _Pins:
 
 
 _pins = _Pins()
-expect_uncharging, may_uncharge = _pins.expect_uncharging, _pins.may_uncharge
+expect_uncharging, uncharged_at = _pins.expect_uncharging, _pins.uncharged_at
 os.register_at_fork(after_in_child=_pins.forget)
 
 

@@ -72,11 +72,12 @@ class MemoryRegion(MR):  # type: ignore[misc]
         registrations.add(descriptor._memory(), self)
 
     def _register_patiently(self, pd: PD, length: int, access: int, address: int) -> None:
+        until = pinning.uncharged_at()  # once: other threads may end pins endlessly
         while True:
             try:
                 return self._register(pd, length, access, address)
             except OSError as error:
-                if error.errno != errno.ENOMEM or not pinning.may_uncharge():
+                if error.errno != errno.ENOMEM or time.monotonic() > until:
                     raise
             time.sleep(0.01)
 

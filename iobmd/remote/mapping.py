@@ -57,7 +57,7 @@ class RemoteMapping:
     private : bool
         Whether it is a private mapping of the only extent (`private_extent`).
     pinned : bool
-        Whether the guest that maps it is to pin it too (`take_pin`). The caller has checked that the pages fit.
+        Whether the guest that maps it is to pin it too (`transfer_pin`). The caller has checked that the pages fit.
 
     Attributes
     ----------
@@ -134,13 +134,13 @@ class RemoteMapping:
             if isinstance(error, IOReturnError):
                 raise
 
-    def take_pin(self) -> RemotePin | None:
-        """Return the pin, which the caller then releases; None if it was refused."""
+    def transfer_pin(self) -> RemotePin | None:
+        """Return the pin, which the caller then owns and releases; None if it was refused."""
         pin, self._pin = self._pin, None
         return pin
 
     def _unpin(self) -> None:
-        if pin := self.take_pin():
+        if pin := self.transfer_pin():
             pin.release()
 
     def _map(

@@ -11,11 +11,13 @@ from functools import partial
 import pytest
 from support import kernel
 from support.child import CAP_IPC_LOCK, NOBODY, in_child
+from support.errors import code_of
 from support.kernel import frames
 from support.threads import run_all
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, Wiring
+from iobmd.memory import pinning
 from iobmd.units import PAGE_SIZE
 
 MIB = 1 << 20
@@ -118,6 +120,28 @@ def test_the_garbage_collector_frees_one_buffer_while_another_is_pinned() -> Non
         return kernel.pinned(), kernel.status("VmLck")
 
     assert in_child(collect) == (0, 0)
+
+
+def test_a_refused_pin_does_not_wait_for_other_threads() -> None:
+    """A closed ring still counts briefly, and a pin is tried again: not for as long as other threads close rings."""
+
+    def refused() -> IOReturn:
+        over = threading.Event()
+
+        def close_rings() -> None:
+            while not over.wait(0.001):
+                pinning.expect_uncharging()
+
+        closing = threading.Thread(target=close_rings)
+        closing.start()
+        try:
+            with iobmd.allocate(4 * 64 << 10, wired=False) as buffer:
+                return code_of(buffer.prepare)
+        finally:
+            over.set()
+            closing.join()
+
+    assert in_child(refused, memlock=64 << 10, drop=CAP_IPC_LOCK) == IOReturn.kIOReturnCannotWire
 
 
 @pytest.mark.usefixtures("nothing_left")
