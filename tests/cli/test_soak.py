@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from iobmd.tools.soak import events, options, profiles, report, requirements
+from iobmd.tools.soak import context, events, options, profiles, report, requirements
 from support.targets import until
 from support.terminal import lines_on_terminal
 
@@ -57,6 +57,21 @@ def left_of(supervisor: int) -> list[object]:
     roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     groups = [group for root in roots if (group := root / f"iobmd-soak-{supervisor}").exists()]
     return [*processes_of(supervisor), *groups]
+
+
+def test_memory_may_be_purged_by_what_began_before_it_was_volatile() -> None:
+    """A purge finds memory that becomes volatile after it has begun: the soak test must not report this."""
+    purges = context.Purges()
+    with purges.one():
+        pass
+    before = purges.ended()
+    assert purges.none_since(before)
+    with purges.one():
+        during = purges.ended()
+        assert not purges.none_since(before)
+        assert not purges.none_since(during)
+    assert not purges.none_since(during)
+    assert purges.none_since(purges.ended())
 
 
 def test_every_kind_can_be_loaded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -101,6 +102,33 @@ class Held(NamedTuple):
     """Whether it is prepared existing memory instead of a buffer."""
 
 
+class Purges:
+    """The purges of all volatile memory of the process by its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._ended = 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Count a purge, which lasts as long as the block."""
+        with self._lock:
+            self._begun += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ended += 1
+
+    def ended(self) -> int:
+        """Return the number of those that have ended, for `none_since`."""
+        return self._ended
+
+    def none_since(self, ended: int) -> bool:
+        """Return whether none has been running since `ended` returned this number."""
+        return self._begun == ended
+
+
 class Shared:
     """The data that the threads of a worker share."""
 
@@ -108,15 +136,8 @@ class Shared:
         self.folder, self.board, self.profile, self.patience = folder, board, profile, patience
         self.pagemap = kernel.Pagemap()
         self.shows_frames = kernel.shows_frames()
-        self.purges = 0
-        """How often a thread has begun to purge all volatile memory of the process."""
+        self.purges = Purges()
         self._patterns: dict[int, bytes] = {}
-        self._reclaimed = kernel.reclaimed()
-
-    def host_reclaims(self) -> bool:
-        """Return whether the host has reclaimed memory since the last call, possibly including volatile memory."""
-        before, self._reclaimed = self._reclaimed, kernel.reclaimed()
-        return before != self._reclaimed
 
     def pattern(self, seed: int) -> bytes:
         """Return the pattern of a seed."""
@@ -143,6 +164,7 @@ class Context:
     def __init__(self, shared: Shared, number: int, chance: random.Random) -> None:
         self.shared, self.number, self.chance = shared, number, chance
         self.board, self.profile, self.pagemap = shared.board, shared.profile, shared.pagemap
+        self._reclaimed, self._waited = kernel.reclaimed(), kernel.waited()
         self.row = shared.board.thread(number)
         self.held: deque[Held] = deque()
         self.control: tuple[int, tuple[int, ...]] | None = None
@@ -151,6 +173,19 @@ class Context:
         """The target in use, or the last one."""
         self._locks = [os.open(lock_path(shared.folder, place), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                        for place in range(TARGETS)]  # fmt: skip
+
+    def host_reclaims(self) -> bool:
+        """Return whether the host has reclaimed memory since this thread's last call, possibly volatile memory.
+
+        Each thread compares for itself: several may lose memory to the same reclaim.
+        """
+        before, self._reclaimed = self._reclaimed, kernel.reclaimed()
+        return before != self._reclaimed
+
+    def host_waits(self) -> bool:
+        """Return whether tasks waited for memory since this thread's last call, so that iobmd may have purged."""
+        before, self._waited = self._waited, kernel.waited()
+        return before != self._waited
 
     def count(self, control: str, number: int = 1) -> None:
         """Add to a number in the report's `control`."""

@@ -250,4 +250,12 @@ def state(pid: int, thread: int | None = None) -> str:
 def reclaimed() -> int:
     """Return how many pages the kernel has scanned for reclaim on this host, excluding reclaim of cgroups."""
     counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    return sum(int(counters.get(name, 0)) for name in ("pgscan_kswapd", "pgscan_direct"))
+    return sum(int(counters.get(f"pgscan_{by}", 0)) for by in ("kswapd", "direct", "khugepaged", "proactive"))
+
+
+def waited() -> int:
+    """Return for how many microseconds tasks of this host have waited for memory, 0 without PSI."""
+    try:
+        return int(Path("/proc/pressure/memory").read_text().partition("total=")[2].split()[0])
+    except OSError:
+        return 0
