@@ -246,7 +246,7 @@ def areas(
         wanted = details if details is not None else is_bearable(where, reader)
         nothing_locked = _status(where.task, "VmLck") == 0
         known = reader.visible, reader.scans, nothing_locked, host.has_swap()
-        shared_memory = _SharedMemory(where.task)
+        shared_memory = SharedMemory(where.task)
         for batch in _batches(reader, _with_details(where) if wanted else zip(where.areas(), repeat(None))):
             ranges = [(vma.start, vma.end) for vma, _found in batch]
             ranges[0] = max(ranges[0][0], where.start), ranges[0][1]
@@ -257,7 +257,7 @@ def areas(
         reader.require_task()
 
 
-class _SharedMemory:
+class SharedMemory:
     """Recognizes areas of shared memory by their file system, which is determined when it is first needed."""
 
     def __init__(self, task: Task) -> None:

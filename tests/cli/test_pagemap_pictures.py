@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 from iobmd.tools.pagemap.palette import INKS
 from PIL import Image
-from support import kernel
+from support import kernel, page_states
 from support.child import CAP_SYS_ADMIN, in_child
 from support.commands import shown
 from support.moving import again_if_pages_move
@@ -179,8 +179,10 @@ def test_the_legend_adds_up_to_the_sums_of_the_kernel(
         totals = {state["key"]: state["total"] for state in found["states"]}
         if rollup(named) == before and not totals["marker"]:
             break
-    assert totals["huge"] + totals["present"] + totals["file"] == before["Rss"]
+    assert totals["huge"] + totals["present"] + totals["file"] + totals["shmem"] == before["Rss"]
     assert totals["present"] == before["Anonymous"] - before["AnonHugePages"]
+    memfds = [area for area in page_states.areas(named) if "/memfd:" in area.name]
+    assert totals["shmem"] == sum(area.resident - area.huge for area in memfds) > 0
     assert totals["swapped"] == before["Swap"]
     assert sum(sum(sums.values()) for _name, _is_group, sums in found["groups"]) == sum(totals.values())
     assert f"anonymous {format_size(totals['present'])}, " in (tmp_path / "file.svg").read_text()
@@ -283,9 +285,9 @@ result.searched = rows();
 result.dimmed = document.querySelectorAll("#boxes button.other").length;
 result.found = document.getElementById("found").textContent;
 type("");
-document.querySelector("[data-state=file]").click();
+document.querySelector("[data-state=shmem]").click();
 result.filtered = rows();
-document.querySelector("[data-state=file]").click();
+document.querySelector("[data-state=shmem]").click();
 [...document.querySelectorAll("#boxes button")].find(box => box.textContent.includes("onerror")).click();
 result.zoomed = [rows(), boxes().length, location.hash];
 dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));

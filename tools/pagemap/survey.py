@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd.pagemap.area import maps_a_device
+from iobmd.pagemap.area import SharedMemory, maps_a_device
 from iobmd.pagemap.reader import Reader
 from iobmd.pagemap.span import state_of
 from iobmd.printable import printable
@@ -74,7 +74,7 @@ class Survey:
         self.is_cut = False
         # Areas that have pages: arrays, because a process may have 65,530 of them, or more.
         self._starts, self._ends = array("Q"), array("Q")
-        self._positions, self._names, self._states = array("Q"), array("I"), array("B")
+        self._positions, self._names, self._states = array("Q"), array("I"), array("H")
         self._numbers: dict[str, int] = {}  # of groups
         for name, sums in look.until_gone(self._read(look)):
             self.totals.update(sums)
@@ -157,12 +157,14 @@ class Survey:
     def _read(self, look: Look) -> Iterator[tuple[str, Sums]]:
         """Yield the group of each area, and its sums."""
         groups = look.make_groups()
+        shared_memory = SharedMemory(look.task)
         with Reader(look.task, whole=look.where.cuts_no_huge_page) as reader:
             for vma, start, end in look.parts():
                 self.areas += 1
                 self.size += end - start
                 before = self.grid.length
-                sums = self._add(reader, start, end, maps_a_device(vma.name))
+                kind = "device" if maps_a_device(vma.name) else "shmem" if vma in shared_memory else "file"
+                sums = self._add(reader, start, end, kind)
                 if not sums:
                     continue
                 name = groups.name_of(vma)
@@ -177,13 +179,16 @@ class Survey:
                 yield name, sums
             reader.require_task()
 
-    def _add(self, reader: Reader, start: int, end: int, device: bool) -> Sums:
+    def _add(self, reader: Reader, start: int, end: int, kind: str) -> Sums:
+        """Add an area. pagemap does not distinguish pages of the `kind`s file, shmem and device."""
         sums: Sums = {}
         stretch, behind = 0, -1  # the drawn bytes without memory that end there
         last = ""
         for step in reader.steps(start, end):
             for virtual, physical, length, flags in struct.iter_unpack("=4Q", step.raw()):
-                state = "device" if device else state_of(flags)
+                state = state_of(flags)
+                if state == "file" or kind == "device":
+                    state = kind
                 sums[state] = sums.get(state, 0) + length
                 drawn = length
                 if not INKS[state].is_memory:
