@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from iobmd._native.pagemap import PhysicalSegment
     from iobmd.backing import Backing
     from iobmd.descriptors.memory_map import IOMemoryMap
+    from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.memory.mlock import Wiring
     from iobmd.task.task import AnyTask
 
@@ -379,7 +380,8 @@ class IOMemoryDescriptor(Handle):
         """Pin the memory for a transfer, so that its physical addresses are valid until `complete`.
 
         Calls are counted, in pairs with `complete`, from any thread. For memory that is pinned by its options, only
-        the count changes. A descriptor cannot be freed while it is prepared.
+        the count changes. A descriptor cannot be freed while it is prepared, or while a DMA command, a mapper or a
+        descriptor of a part of it has prepared its memory.
 
         Parameters
         ----------
@@ -404,13 +406,18 @@ class IOMemoryDescriptor(Handle):
             `withAddressRanges`; with `kIODirectionPrepareNonCoherent` also as `performOperation`. After an error,
             nothing is prepared.
         """
+        self._pin(forDirection, count=1)
+        return kIOReturnSuccess
+
+    def _pin(self, direction: int = 0, *, count: int = 0) -> MemoryOwner:
+        """Pin the memory, as `prepare`; return its owner, whose `unpin` undoes it unless it counts for `complete`."""
         owner = self._memory()
-        check_prepare(forDirection)
+        check_prepare(direction)
         with owner.guard:
             self._memory()  # read again: another thread may have released it
-            owner.pin(forDirection)
-            self._prepared += 1
-        return kIOReturnSuccess
+            owner.pin(direction)
+            self._prepared += count
+        return owner
 
     def complete(self, forDirection: int = 0) -> IOReturn:
         """Undo one `prepare`; after the last one the kernel may move the memory again.
@@ -430,14 +437,17 @@ class IOMemoryDescriptor(Handle):
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady` if it is not prepared; `kIOReturnBadArgument` for unknown flags.
+            `kIOReturnNotReady` if this descriptor is not prepared: DMA commands, mappers and descriptors of parts of
+            it have a `complete` of their own; `kIOReturnBadArgument` for unknown flags.
         """
         owner = self._memory()
         check_complete(forDirection)
         with owner.guard:
             self._memory()  # as above
+            if not self._prepared:
+                raise owner.not_prepared()
             owner.unpin()
-            self._prepared = max(self._prepared - 1, 0)
+            self._prepared -= 1
         return kIOReturnSuccess
 
     @property

@@ -144,18 +144,10 @@ class Handle:
         # cycle.
         owner.has_handle = False
 
-    def _complete_when_free(self) -> None:
-        """Undo one `prepare` for a destructor of `iommu`, which must not wait."""
-        if owner := self._owner:  # otherwise its own destructor has undone all
-            owner.guard.when_free(partial(self._undo_prepare, owner))
-
     def _undo_all(self, owner: MemoryOwner) -> None:
+        """Undo every `prepare`, for a destructor, with the guard held."""
         while self._prepared:
-            self._undo_prepare(owner)
-
-    def _undo_prepare(self, owner: MemoryOwner) -> None:
-        """Undo one `prepare`, if any is left, for a destructor, with the guard held."""
-        if self._prepared and owner.maker == os.getpid():  # a forked child inherits no pins
-            with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
-                owner.unpin(wait=False)
-        self._prepared = max(self._prepared - 1, 0)
+            if owner.maker == os.getpid():  # a forked child inherits no pins
+                with contextlib.suppress(IOReturnError):  # it may be garbage of the same cycle, and already released
+                    owner.unpin(wait=False)
+            self._prepared -= 1

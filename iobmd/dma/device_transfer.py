@@ -81,17 +81,14 @@ class DeviceTransfer:
         forced: bool = False,
     ) -> None:
         self.descriptor, self.offset, self.length, self.limits = descriptor, offset, length, limits
-        self.memory = descriptor._memory()
         self.bounce: IOBufferMemoryDescriptor | None = None
         self.double = self._forced = forced
         self._mapper = mapper
         self._mapped: IOVMRange | None = None
         self._starts: list[int] | None = None
-        if not self.memory.wiring.is_immovable:
+        if not descriptor.wiring.is_immovable:
             raise NotReadyError(f"{descriptor!r} is not pinned: call its prepare() first")
-        with self.memory.guard:
-            descriptor._memory()  # read again: another thread may have released it
-            self.memory.pin()
+        self.memory = descriptor._pin()
         try:
             lying = self._lying()
             self._ranges = self._divide(lying)

@@ -38,6 +38,7 @@ from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
+    from iobmd.descriptors.ownership import MemoryOwner
 
 _OUT, _IN = int(IOOptionBits.kIODirectionOut), int(IOOptionBits.kIODirectionIn)
 _READS, _WRITES = int(kIODMAMapReadAccess), int(kIODMAMapWriteAccess)
@@ -146,17 +147,20 @@ class IOMapper:
             raise BadArgumentError(message)
         _require_mappable(descriptor)
         access = (READ if direction & _OUT else 0) | (WRITE if direction & _IN else 0)
-        descriptor.prepare(forDirection)
+        memory = descriptor._pin(forDirection)
         try:
             with self._guard:
-                prepared = self._map(descriptor, access, alignment, highest)
+                prepared = self._map(descriptor, memory, access, alignment, highest)
         except BaseException:
-            descriptor.complete(forDirection)
+            with memory.guard:
+                memory.unpin()
             raise
         return prepared
 
-    def _map(self, descriptor: IOMemoryDescriptor, access: int, alignment: int, highest: int | None) -> IOVMRange:
-        attachment, memory, length = self._open(), descriptor._memory(), descriptor.getLength()
+    def _map(
+        self, descriptor: IOMemoryDescriptor, memory: MemoryOwner, access: int, alignment: int, highest: int | None
+    ) -> IOVMRange:
+        attachment, length = self._open(), descriptor.getLength()
         with device_pages.of_memory(memory, length) as parts:
             size = sum(part.size for part in parts)
             alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
@@ -172,7 +176,7 @@ class IOMapper:
                     attachment.map(part.address, end, part.size, access)
                     end += part.size
                 undo.pop_all()
-        prepared = IOVMRange(self, descriptor, (address, size), memory.require_backing().in_page(0), length)
+        prepared = IOVMRange(self, descriptor, memory, (address, size), length)
         self._ranges.add(prepared)
         return prepared
 
@@ -346,10 +350,15 @@ class IOVMRange:
     """A descriptor's memory as a device sees it, from `IOMapper.prepare` to `complete` or the end of `with`."""
 
     def __init__(
-        self, mapper: IOMapper, descriptor: IOMemoryDescriptor, mapped: tuple[int, int], offset: int, length: int
+        self,
+        mapper: IOMapper,
+        descriptor: IOMemoryDescriptor,
+        memory: MemoryOwner,
+        mapped: tuple[int, int],
+        length: int,
     ) -> None:
-        self._mapped = mapped
-        self.address = mapped[0] + offset
+        self._mapped, self._pinned = mapped, memory
+        self.address = mapped[0] + memory.require_backing().in_page(0)
         """The device's address of the first byte."""
         self.length = length
         """In bytes: the length of the descriptor when it was mapped."""
@@ -377,7 +386,8 @@ class IOVMRange:
             except BaseException:
                 self._mapper = mapper
                 raise
-            self.descriptor.complete()
+            with self._pinned.guard:
+                self._pinned.unpin()
         return kIOReturnSuccess
 
     def __enter__(self) -> Self:
@@ -407,4 +417,4 @@ class IOVMRange:
         if mapper:
             with contextlib.suppress(OSError):  # the mapper may be closed, which unmaps everything
                 mapper._unmap(self, *self._mapped)
-            self.descriptor._complete_when_free()
+            self._pinned.unpin_when_free()

@@ -303,6 +303,44 @@ def test_active_memory_is_not_released(command: IODMACommand) -> None:
     command.free()
 
 
+@pytest.mark.parametrize("wired", [True, False])
+def test_only_the_command_completes_what_it_has_prepared(command: IODMACommand, wired: bool) -> None:
+    """Otherwise the memory could be freed, and its frames reused, while the device still writes to them."""
+    memory = iobmd.allocate(4 * PAGE, wired=wired)
+    memory.prepare()
+    command.setMemoryDescriptor(memory)
+    memory.complete()
+    where = frames(memory.getBytesNoCopy(), 4 * PAGE)
+    with pytest.raises(IOReturnError, match="DMA commands") as caught:
+        memory.complete()
+    assert caught.value.code == IOReturn.kIOReturnNotReady
+    with pytest.raises(IOReturnError) as caught:
+        memory.free()
+    assert caught.value.code == IOReturn.kIOReturnBusy
+    found = [
+        segment.address // PAGE + page
+        for segment in command.genIOVMSegments()
+        for page in range(segment.length // PAGE)
+    ]
+    assert found == list(where) == list(frames(memory.getBytesNoCopy(), 4 * PAGE))
+    assert memory.wiring is Wiring.PINNED
+    command.clearMemoryDescriptor()
+    assert memory.wiring is (Wiring.PINNED if wired else Wiring.PAGEABLE)
+    memory.free()
+
+
+def test_a_part_completes_what_it_has_prepared() -> None:
+    with iobmd.allocate(4 * PAGE, wired=False) as memory:
+        with iobmd.IOSubMemoryDescriptor.withSubRange(memory, PAGE, PAGE, iobmd.kIODirectionInOut) as part:
+            part.prepare()
+            with pytest.raises(IOReturnError) as caught:
+                memory.complete()
+            assert caught.value.code == IOReturn.kIOReturnNotReady
+            assert memory.wiring is Wiring.PINNED
+            part.complete()
+        assert memory.wiring is Wiring.PAGEABLE
+
+
 def test_memory_that_was_freed(command: IODMACommand) -> None:
     memory = iobmd.allocate(PAGE)
     command.setMemoryDescriptor(memory, autoPrepare=False)

@@ -521,13 +521,17 @@ def refuse(_mapping: RemoteMapping) -> None:
     raise BusyError("traced by another process")
 
 
-def test_a_part_that_was_completed_by_itself_keeps_no_other_pinned() -> None:
+def test_only_the_whole_completes_what_it_has_prepared() -> None:
     pinned = kernel.status("VmPin")
     with filled(1) as first, filled(1) as second:
         both = multi([first, second], INOUT)
         both.prepare()
+        assert code_of(first.complete) == IOReturn.kIOReturnNotReady
+        assert kernel.status("VmPin") == pinned + 2 * PAGE
+        first.prepare()
+        both.complete()
+        assert kernel.status("VmPin") == pinned + PAGE
         first.complete()
-        assert code_of(both.complete) == IOReturn.kIOReturnNotReady
         assert kernel.status("VmPin") == pinned
         both.free()
 

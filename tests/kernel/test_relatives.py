@@ -220,11 +220,11 @@ class Family(RuleBasedStateMachine):
         if self.happens(one.cannot_prepare(), one.real.prepare):
             one.prepared += 1
 
-    @precondition(lambda self: any(one.prepared or not one.is_prepared() for one in self.relatives))
+    @precondition(lambda self: self.relatives)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         """A descriptor cannot complete what other descriptors have prepared."""
-        one = data.draw(st.sampled_from([one for one in self.relatives if one.prepared or not one.is_prepared()]))
+        one = self.one(data)
         if self.happens(set() if one.prepared else {IOReturn.kIOReturnNotReady}, one.real.complete):
             one.prepared -= 1
 

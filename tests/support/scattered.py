@@ -44,6 +44,10 @@ class ScatteredDescriptor:
         self._open()
         return self
 
+    def _pin(self) -> "ScatteredDescriptor":
+        self.pin()
+        return self
+
     def require_mapped(self) -> None:
         self._open()
 

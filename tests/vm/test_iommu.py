@@ -241,6 +241,8 @@ def test_prepared_memory_cannot_be_freed_and_a_mapper_in_use_not_closed(name: st
     prepared = mapper.prepare(buffer)
     for action in (buffer.free, mapper.close):
         assert code_of(action) == IOReturn.kIOReturnBusy
+    assert code_of(buffer.complete) == IOReturn.kIOReturnNotReady, "what the mapper has prepared"
+    assert code_of(buffer.free) == IOReturn.kIOReturnBusy
     prepared.complete()
     prepared.complete()
     assert nothing_is_pinned()
