@@ -109,18 +109,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd demo",
         description="Copy memory of several kinds from another process into buffers of this one, and check with "
-        "the kernel where they are.",
+        "the kernel where the copies are located.",
     )
     parser.add_argument("--size", type=size, help="size of large pieces (default: 64M, or as much as may be locked)")
     parser.add_argument(
-        "--control", type=size, default=1 << 30, help="span of the mlocked control under compaction (default: 1G)"
+        "--control", type=size, default=1 << 30, help="span of the mlocked pages for the compaction (default: 1G)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
 def _progress(step: str) -> None:
-    """Show the current step on the last line of a terminal, which the next one replaces."""
+    """Show the current step on the last line of a terminal, where the next step replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{step}{' …' if step else ''}", end="", file=sys.stderr, flush=True)
 
@@ -188,7 +188,7 @@ def _fail(task: Task, guarded: Piece) -> str | None:
 
 
 def _compact(span: int, length: int) -> dict[str, int] | None:
-    """Compact the host's memory; return how many pinned pages and pages of a control moved, None if not permitted."""
+    """Compact the host's memory; return how many pinned pages and pages of a control moved; None if not permitted."""
     may_compact = os.access("/proc/sys/vm/compact_memory", os.W_OK) and host.has_host_capability("CAP_SYS_ADMIN")
     if not may_compact or host.memlock_limit() is not None:
         return None
