@@ -341,7 +341,7 @@ def restore(int tracker, int pagemap, uint64_t start, uint64_t end):
                 error = errno
             elif found == 0:
                 step = C_UNPROTECT
-                # Not by the page faults of the populate, which would be one for each page.
+                # Not left to the populate call, which would cause one page fault for each page.
                 if iobmd_uffd_protect(tracker, start, size, 0):
                     error = errno
                 else:
@@ -356,7 +356,7 @@ def restore(int tracker, int pagemap, uint64_t start, uint64_t end):
 
 
 def hugetlb_page(int fd):
-    """Return the page size of a file of hugetlbfs, 0 for one of tmpfs, as a memfd. Raises ValueError for others."""
+    """Return the page size of a file of hugetlbfs, 0 for one of tmpfs (a memfd). Raises ValueError for others."""
     cdef statfs_t status
     _check(fstatfs(fd, &status), "fstatfs")
     if status.f_type == HUGETLBFS_MAGIC:

@@ -105,7 +105,7 @@ cdef class Table:
     cdef uint32_t _count
 
     def __cinit__(self, uint32_t slots):
-        """Create a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19); for one slot without (5.1)."""
+        """Create a ring with a sparse table (IORING_RSRC_REGISTER_SPARSE, Linux 5.19), or with one slot (5.1)."""
         cdef uint32_t slot
         cdef int result
         self.slots = slots
@@ -130,7 +130,7 @@ cdef class Table:
         return self._ring._link.number
 
     def pin(self, uint64_t address, size_t size):
-        """Pin a range of up to 1 GiB; return its `Slot`, None if no slot is free."""
+        """Pin a range of up to 1 GiB; return its `Slot`, or None if no slot is free."""
         if not self._count:
             return None
         cdef Slot slot = Slot.__new__(Slot)

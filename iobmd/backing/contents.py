@@ -84,7 +84,7 @@ class CopyOf:
         return left_zero
 
     def _report_end(self) -> None:
-        """Report that all is copied, also if other threads have copied all chunks, or there is only one."""
+        """Report that everything is copied, even if other threads copied all chunks, or there is only one chunk."""
         if self._progress:
             self._progress(self.size)
 
@@ -105,8 +105,8 @@ class CopyOf:
         fresh
             Whether the destination is zero: nothing was copied to it before.
         standing
-            The task is stopped: do not wait for other programs, and call this instead of the caller's `progress`,
-            which belongs to another thread.
+            If the task is stopped, called instead of the caller's `progress`, which belongs to another thread;
+            other programs are then not waited for.
         """
         outcome = task.copy_in(
             self.address,
@@ -153,7 +153,7 @@ class FrozenCopyOf(CopyOf):
 
     def fill(self, destination: int, *, huge: int = 0, sparse: bool = False, fresh: bool = True) -> bool:
         """Like `Contents.fill`; also raises the error if the task cannot be stopped."""
-        if self.task.is_snapshot:  # it is of one moment already
+        if self.task.is_snapshot:  # it is already as of one moment
             return super().fill(destination, huge=huge, sparse=sparse, fresh=fresh)
         from iobmd.remote import consistent_copy  # noqa: PLC0415 (with ctypes: half of the time of `import iobmd`)
 

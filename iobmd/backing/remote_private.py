@@ -164,7 +164,7 @@ class RemotePrivateBacking(RangeBacking):
         raise UnsupportedError(message)
 
     def leave(self) -> None:
-        """Leave the memory to its task when this is closed."""
+        """Leave the memory to its task when this backing is closed."""
         self._is_left = True
         self._there.leave()
 
@@ -186,7 +186,7 @@ class RemotePrivateBacking(RangeBacking):
         self._transfers.unseal()
 
     def drop(self) -> None:
-        """As `close`, for a destructor, which must not wait: its task unmaps it when that can be stopped."""
+        """As `close`, for a destructor, which must not wait: the memory is unmapped once its task can be stopped."""
         self._release(wait=False)
         self._there.close_when_free()
 

@@ -1,4 +1,4 @@
-"""Existing memory at ranges of a task's addresses, which iobmd may know, or at ranges of physical addresses."""
+"""Existing memory at ranges of a task's addresses, which may belong to iobmd, or at ranges of physical addresses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def describe(task: Task, ranges: Iterable[tuple[int, int]], kind: str, *, writable: bool) -> tuple[Backing, int]:
-    """Return the memory at ranges of addresses, end to end, and its length in bytes.
+    """Return the concatenated memory at ranges of addresses, and its length in bytes.
 
     Parameters
     ----------
     task, ranges, writable
-        As `RangeBacking`, several times.
+        As in `RangeBacking`; several ranges.
     kind : str
         The class of the descriptor, for messages.
     """
@@ -39,7 +39,7 @@ def describe(task: Task, ranges: Iterable[tuple[int, int]], kind: str, *, writab
 
 
 def describe_physical(ranges: Iterable[tuple[int, int]], kind: str) -> tuple[Backing, int]:
-    """Return the memory at ranges of physical addresses, end to end, and its length in bytes.
+    """Return the concatenated memory at ranges of physical addresses, and its length in bytes.
 
     Parameters
     ----------

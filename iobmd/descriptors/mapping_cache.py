@@ -137,9 +137,9 @@ class MapRequest:
 class CachedMapping:
     """Pages of an owner's memory mapped in a task: at the owner's own addresses, or by a separate mapping.
 
-    It holds the descriptor only for `IOMemoryMap.getMemoryDescriptor`. Views hold `keeper`, a list of only the owner,
-    which `show` replaces, and not this object: the garbage collector does not traverse what a view holds, and could
-    not collect a descriptor that refers to such a view.
+    It holds the descriptor only for `IOMemoryMap.getMemoryDescriptor`. Views do not hold this object, but `keeper`, a
+    list that contains only the owner, which `show` replaces. The reason is that the garbage collector does not
+    traverse what a view holds, and could not collect a descriptor that refers to such a view.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ _PURGEABLE = int(IOOptionBits.kIOMemoryPurgeable)
 _SHARED = int(IOOptionBits.kIOMemoryKernelUserShared)
 _KNOWN = CACHE_MASK | sum({int(option) for option in IOOptionBits})
 
-_MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), without rounding and a trailer
+_MOST = (1 << 63) - 2 * PAGE_SIZE  # bytes of a file (off_t), less the rounding and a trailer
 
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous | IOOptionBits.kIOMemoryHostPhysicallyContiguous)
 

@@ -59,7 +59,7 @@ class IOMemoryCursor:
         maxSegments: int,
         maxTransferSize: int = 0,
     ) -> list[PhysicalSegment]:
-        """Return the segments of memory from a position on.
+        """Return the segments of memory, starting at a position.
 
         Parameters
         ----------
@@ -123,14 +123,14 @@ class IONaturalMemoryCursor(IOMemoryCursor):
 
 
 class IOBigMemoryCursor(IOMemoryCursor):
-    """A cursor that stores segments in big endian."""
+    """A cursor that stores segments in big-endian byte order."""
 
     format = SegmentFormat(64, ">")
     """Big endian."""
 
 
 class IOLittleMemoryCursor(IOMemoryCursor):
-    """A cursor that stores segments in little endian."""
+    """A cursor that stores segments in little-endian byte order."""
 
     format = SegmentFormat(64, "<")
     """Little endian."""

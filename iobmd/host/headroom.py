@@ -180,7 +180,7 @@ class Room(NamedTuple):
 
 
 class _Look:
-    """A snapshot of the free memory of the host and the memory cgroups around a process, for `size` bytes.
+    """A snapshot of the free memory of the host and of the memory cgroups that contain a process, for `size` bytes.
 
     Reclaimable memory, which takes longer to read, is read only if less than `size` is free without it.
     """

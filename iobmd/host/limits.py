@@ -57,7 +57,7 @@ def met_by_mapping(size: int, pid: int | None = None) -> Limit | None:
 
 
 def memlock(size: int, pid: int | None = None) -> Limit | None:
-    """Return RLIMIT_MEMLOCK of a process if it prevents locking another `size` bytes. Parameters as above."""
+    """Return RLIMIT_MEMLOCK of a process if it prevents locking `size` more bytes; parameters as `met_by_mapping`."""
     limit = memlock_of(pid)
     return limit if limit and _is_met(limit, size) else None
 
@@ -73,7 +73,8 @@ def memlock_of(pid: int | None = None) -> Limit | None:
 def pins(size: int) -> Limit | None:
     """Return RLIMIT_MEMLOCK if it prevents a driver from pinning another `size` bytes of this process.
 
-    Drivers compare it with VmPin of the process, which also contains the pins of io_uring, and mlock(2) with VmLck.
+    Drivers compare it with VmPin of the process, which also contains the pins of io_uring; mlock(2) compares it with
+    VmLck.
     """
     try:
         limit = None if lifts_memlock(None) else _of_process(_PINS, None)
@@ -104,7 +105,7 @@ class _Kind(NamedTuple):
     name: str
     number: int
     row: str
-    """Its row in /proc/PID/limits, which shows the limits of others without CAP_SYS_RESOURCE, unlike prlimit(2)."""
+    """Its row in /proc/PID/limits, which, unlike prlimit(2), shows those of others without CAP_SYS_RESOURCE."""
     used: str
     """Its field in /proc/PID/status."""
     shell: str

@@ -69,8 +69,8 @@ def policy(
     memory_budget : int, optional
         Bytes that a search may hold at a time, but at least the size of the buffer; the excess is freed. Default:
         half of the available memory, and all of it for fractions of a second in which free memory is neither cleared
-        nor mapped. In any case a sixteenth of the host's memory, and of the limit of each memory cgroup around this
-        process, remains free.
+        nor mapped. In any case a sixteenth of the host's memory, and of the limit of each memory cgroup that
+        contains this process, remains free.
     time_budget : float, optional
         Seconds after which the search ends. Default: 5.
     keep : int, optional

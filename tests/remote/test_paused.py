@@ -116,7 +116,7 @@ def test_frozen_copy_of_a_paused_task(target: Target, freezer: Freezer, monkeypa
 
 
 def test_thawed_during_the_copy(target: Target, freezer: Freezer) -> None:
-    """A task that is thawed during the copy is stopped like any other, and the copy is still of one moment."""
+    """A task that is thawed during the copy is stopped like any other, and the copy is still as of one moment."""
     address = int(target.line())
     thawed: list[int] = []
 
@@ -180,7 +180,7 @@ def stopped_tracer(task: int) -> int:
 
 @pytest.mark.parametrize("freezer", ["cgroup"], indirect=True)
 def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call fails in time, and the thread's registers and signal mask are restored as soon as it is thawed."""
+    """The call fails in time, and the thread's registers and signal mask are restored once the task is thawed."""
     address = int(target.line())
     monkeypatch.setattr(native, "LIMIT", 3.0)
     task = iobmd.Task(target.pid)
@@ -207,7 +207,7 @@ def test_paused_in_the_middle_of_a_stop(target: Target, freezer: Freezer, monkey
         raised.append(TaskTimeoutError("over"))
         freezer.thaw()
         maker.join()
-    # The second, because the end of the previous session was paused, and its tracer waits for the thaw.
+    # The second code, if the end of the previous session was paused: its tracer waits for the thaw.
     assert raised[0].code in (IOReturn.kIOReturnTimeout, IOReturn.kIOReturnNotPermitted)
     assert until(lambda: not Path(f"/proc/{tracer}").exists() or state(tracer) == "Z")
     assert procfs.status(target.pid)["SigBlk"] == mask

@@ -130,7 +130,7 @@ class Server:
 
 
 def run(size: int, rounds: int) -> list[Result]:
-    """Measure a server with `size` bytes of values; nothing if Redis is not installed, or memory is short."""
+    """Measure a server with `size` bytes of values; no rows if Redis is not installed, or memory is short."""
     program = shutil.which("redis-server")
     try:
         headroom.require(2 * size, swappable=False)
