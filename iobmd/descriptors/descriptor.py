@@ -33,7 +33,7 @@ from iobmd.descriptors.options import (
 )
 from iobmd.descriptors.purge_control import NonVolatile
 from iobmd.device.physical import PhysicalRegion
-from iobmd.errors import BadArgumentError, UnsupportedError
+from iobmd.errors import BadArgumentError, NotReadyError, UnsupportedError
 from iobmd.physical.layout import Layout, layout
 from iobmd.purgeable import parse
 from iobmd.task.task import as_task, kernel_task
@@ -437,15 +437,16 @@ class IOMemoryDescriptor(Handle):
         Raises
         ------
         IOReturnError
-            `kIOReturnNotReady` if this descriptor is not prepared: DMA commands, mappers and descriptors of parts of
-            it have a `complete` of their own; `kIOReturnBadArgument` for unknown flags.
+            `kIOReturnNotReady` if this descriptor is not prepared: what DMA commands, mappers and descriptors of
+            parts of it have prepared, they complete; `kIOReturnBadArgument` for unknown flags.
         """
         owner = self._memory()
         check_complete(forDirection)
         with owner.guard:
             self._memory()  # as above
             if not self._prepared:
-                raise owner.not_prepared()
+                others = " by its own prepare(): DMA commands, mappers and descriptors of parts complete their own"
+                raise NotReadyError(f"{self!r} is not prepared{others if owner.pins else ': nothing to complete'}")
             owner.unpin()
             self._prepared -= 1
         return kIOReturnSuccess

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 _NO_FAULT = int(kIODirectionPrepareNoFault)
 _TO_PHYS_32 = int(kIODirectionPrepareToPhys32)
 _NON_COHERENT = int(kIODirectionPrepareNonCoherent)
-_USERS = "DMA commands, mappers and descriptors of parts"
-"""What prepares the memory of a descriptor besides its own `prepare`, for messages."""
 _preparation_ids = itertools.count(1 << 32)  # as in IOKit: distinct from the values of IOPreparationID
 
 
@@ -144,8 +142,7 @@ class MemoryOwner:
             self.require_backing()
             if self._sealed:
                 raise NotOpenError(f"this {self._kind} is released")
-            if self._dependents is None:
-                self._dependents = WeakRegistry()
+            self._dependents = self._dependents or WeakRegistry()
             self._dependents.add(dependent)
 
     def remove_dependent(self, dependent: CompositeBacking) -> None:
@@ -217,8 +214,7 @@ class MemoryOwner:
             self._mappings = weakref.WeakSet()
         self._mappings.add(added)
         if isinstance(added.own, mapping.Mapping):
-            if self._viewable is None:
-                self._viewable = WeakRegistry()
+            self._viewable = self._viewable or WeakRegistry()
             self._viewable.add(added.own)
 
     def remove_mapping(self, removed: CachedMapping) -> None:
@@ -353,17 +349,12 @@ class MemoryOwner:
         """
         backing = self.require_backing()
         if not self.pins:
-            raise self.not_prepared()
+            raise NotReadyError(f"{self!r} is not prepared: nothing to complete")
         self.pins -= 1
         if not (self.pins or self._pinned_for_good):
             self._preparation = 0
         if backing.composite or not (self.pins or self._pinned_for_good):
             self._release_pin(backing, wait=wait)
-
-    def not_prepared(self) -> NotReadyError:
-        """Return the error for completing more than was prepared by the same user."""
-        others = f" by its own prepare(): {_USERS} complete what they have prepared" if self.pins else ""
-        return NotReadyError(f"{self!r} is not prepared{others or ': nothing to complete'}")
 
     def unpin_when_free(self) -> None:
         """Undo one `pin` for a destructor, which must not wait, as soon as no thread holds the guard."""
@@ -469,8 +460,8 @@ class MemoryOwner:
     def require_unpinned(self) -> None:
         """Raise `kIOReturnBusy` while it is pinned."""
         if self.pins:
-            message = f"{self!r} is still prepared (prepare count {self.pins}, including those of {_USERS})"
-            raise BusyError(f"{message}: call complete() for each first")
+            count = f"{self.pins}, with DMA commands, mappers and descriptors of parts"
+            raise BusyError(f"{self!r} is still prepared (prepare count {count}): call complete() for each first")
 
     def lazily_freed(self) -> int:
         """Return how many bytes the kernel may reclaim at any time."""
