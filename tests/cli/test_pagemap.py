@@ -400,7 +400,8 @@ def test_save_and_diff(target: int, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert document["before"]["pid"] == document["after"]["pid"] == target
     assert document["changes"] == []
     frames = kernel.entries(id(document), 1)[0] & kernel.FRAME
-    assert [hidden["what"].startswith("moved pages") for hidden in document["hidden"]] == ([] if frames else [True])
+    # Others are hidden on a host with swap.
+    assert any(hidden["what"].startswith("moved pages") for hidden in document["hidden"]) is not bool(frames)
 
 
 @pytest.mark.needs("swap")
