@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd._internal import process_local
 from iobmd._native.mapping import Exporter
@@ -200,9 +200,10 @@ class _Entry:
 class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
     """A mapping of keys to reproducible contents, which the system may reclaim when memory is short.
 
-    `cache[key]` returns the contents as a `CacheItem`, which the loader produces if necessary. The contents are
-    intact while the item or a view of it exists, and volatile afterwards. No eviction policy is needed: under memory
-    pressure the kernel reclaims the contents that have not been used for longest.
+    `cache[key]` returns the contents as a `CacheItem`, which the loader produces if necessary, as does `cache.get`.
+    The contents are intact while the item or a view of it exists, and volatile afterwards. No eviction policy is
+    needed: under memory pressure the kernel reclaims the contents that have not been used for longest.
+    `key in cache`, `len` and iteration refer to the known keys, whether or not their contents are intact.
 
     Parameters
     ----------
@@ -277,6 +278,11 @@ class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
         """Remove a key and its contents, which must not be in use, with the entry's guard held."""
         self._entries.pop(key, None)
         entry.free()
+
+    def __setitem__(self, key: K, _contents: object) -> NoReturn:
+        """Raise TypeError: contents come from the loader, which can produce them again."""
+        message = f"contents cannot be stored under {key!r}: they come from the loader, which can produce them again"
+        raise TypeError(message)
 
     def __delitem__(self, key: K) -> None:
         """Remove a key and free its contents.

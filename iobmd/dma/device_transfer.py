@@ -17,7 +17,7 @@ from iobmd.constants import (
     kIODirectionOut,
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
-from iobmd.errors import IOReturnError, NotReadyError, UnsupportedError
+from iobmd.errors import IOReturnError, NoResourcesError, NotReadyError, UnsupportedError
 from iobmd.iommu import device_pages
 from iobmd.pagemap import segment
 from iobmd.task.task import kernel_task
@@ -141,7 +141,11 @@ class DeviceTransfer:
             bounce.initWithPhysicalMask(kernel_task, options, size, PAGE_SIZE, 0)
         else:
             options |= _CONTIGUOUS if self._forced else 0
-            bounce.initWithPhysicalMask(kernel_task, options, size, limits.buffer_alignment, limits.mask)
+            try:
+                bounce.initWithPhysicalMask(kernel_task, options, size, limits.buffer_alignment, limits.mask)
+            except NoResourcesError as error:
+                message = f"{self.descriptor!r} needs a bounce buffer for this device: {error.strerror}"
+                raise NoResourcesError(message, error.errno or 0) from None
         try:
             bounce.prepare()  # raises the error with the reason if it is only resident
         except BaseException:

@@ -55,6 +55,13 @@ def test_hit_purge_and_rebuild() -> None:
         assert list(cache) == [1, 2]
 
 
+def test_contents_come_from_the_loader() -> None:
+    with PurgeableCache(Loader()) as cache:
+        with pytest.raises(TypeError, match="loader"):
+            cache[1] = b"other"
+        assert 1 not in cache
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_content_in_use_stays() -> None:
     """Contents remain intact while the item, or a view of it, exists."""
