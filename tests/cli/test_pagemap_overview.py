@@ -235,7 +235,7 @@ def test_who_maps_the_same(running: Target, capsys: pytest.CaptureFixture[str]) 
         assert found["[anon]"] == set()
         text = shown(capsys, str(running.pid), "--sharers")
         name = Path(f"/proc/{process.pid}/comm").read_text().strip()
-        assert re.search(rf"  /memfd:pool \(deleted\)  1 process: {re.escape(name)}$", text, re.M)
+        assert re.search(rf"  /memfd:pool \(deleted\)  1 process: {re.escape(name)} \({process.pid}\)$", text, re.M)
     assert sharers()["memfd:pool"] == set()
 
 

@@ -193,7 +193,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobmd pagemap",
         usage="%(prog)s PID|self [options]\n       %(prog)s --processes [options]\n"
-        "       %(prog)s --frame PFN[-PFN] [--json]\n       %(prog)s --host [SIZE] | --file PATH... [options]",
+        "       %(prog)s --frame PFN[-PFN] | --physical A[-B] [--json]\n"
+        "       %(prog)s --host [SIZE] | --file PATH... [options]",
         description="Show how much memory a process has, and where: a summary, and a row for each mapping.",
         epilog="Sizes and addresses: decimal, 0x hexadecimal, or with a suffix k, M, G, T. Ranges of 8 digits or "
         "more may also be as in /proc/PID/maps, hexadecimal without 0x, unless the digits could be decimal. Frame "

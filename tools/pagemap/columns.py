@@ -120,7 +120,7 @@ COLUMNS = {
         _sizes("mthp", 16, _in_large_folios, "mapped page by page, in folios above the page size"),
         _sizes("locked", 11, lambda row: row.locked, "locked"),
         _sizes("lazyfree", 14, lambda row: row.lazy_free, "lazily freed: lost if memory is short"),
-        _numbers("procs", 3, lambda row: row.processes, "number of processes"),
+        _numbers("procs", 3, lambda row: row.processes, "number of processes, with --by"),
         _numbers("areas", 13, lambda row: row.areas, "number of areas"),
         _numbers("runs", 15, lambda row: _of_runs(row, row.runs), "number of physically contiguous runs"),
         _sizes("largest", 18, lambda row: _of_runs(row, row.largest), "the largest of them"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd import procfs
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .look import Look
 
 
+_SHOWN = 3
+"""The most pids of one program that are listed."""
+
+
 class Sharer(NamedTuple):
     """A process that maps something of the inspected one."""
 
@@ -25,6 +29,13 @@ class Sharer(NamedTuple):
     name: str
     files: frozenset[tuple[str, int]]
     """The common files, as devices and inode numbers."""
+
+
+def _listed(pids: list[int]) -> str:
+    """Return the first pids, and the number of the others."""
+    shown = pids if len(pids) <= _SHOWN else pids[: _SHOWN - 1]
+    others = [f"{len(pids) - len(shown)} more"] if len(shown) < len(pids) else []
+    return ", ".join([*map(str, shown), *others])
 
 
 class Sharers:
@@ -52,12 +63,13 @@ class Sharers:
         return self._by_name.get(name, [])
 
     def note(self, group: str) -> str:
-        """Return the number and the names of these processes; empty if there are none."""
+        """Return the number of these processes, their names and pids; empty if there are none."""
         found = self.of(group)
-        programs = Counter(sharer.name for sharer in found)
-        names = ", ".join(
-            f"{program} ({number})" if number > 1 else program for program, number in programs.most_common()
-        )
+        programs: dict[str, list[int]] = defaultdict(list)
+        for sharer in found:
+            programs[sharer.name].append(sharer.pid)
+        by_number = sorted(programs.items(), key=lambda program: -len(program[1]))
+        names = ", ".join(f"{program} ({_listed(pids)})" for program, pids in by_number)
         return f"{format_count(len(found), 'process', 'processes')}: {names}" if found else ""
 
     def hidden(self) -> list[Hidden]:
