@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _SEQUENCES = {
     "bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "magenta": "35", "cyan": "36",
-    "white": "37", "bright_black": "90", "bright_blue": "94", "bright_cyan": "96",
+    "white": "37", "bright_black": "90", "bright_green": "92", "bright_blue": "94", "bright_cyan": "96",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from iobmd.tools.pagemap.palette import INKS
+from iobmd.tools.pagemap.palette import INKS, Ink
 from PIL import Image
 from support import kernel, page_states
 from support.child import CAP_SYS_ADMIN, in_child
@@ -27,7 +27,7 @@ from support.targets import PATIENCE, Target, need_program
 from support.terminal import lines_on_terminal
 
 from iobmd._native import mman
-from iobmd.cli import main
+from iobmd.cli import color, main
 from iobmd.units import format_size
 
 MIB = 1 << 20
@@ -93,16 +93,21 @@ def test_a_letter_for_each_block(
     assert "not drawn: 2 MiB of addresses without pages" in text
 
 
+@pytest.mark.parametrize("kind", INKS.values(), ids=INKS)
+def test_a_kind_on_a_terminal(kind: Ink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(color, "has_color", lambda: True)
+    assert re.fullmatch("\x1b\\[(3[0-7]|9[0-7])mx\x1b\\[0m", color.painter()("x", kind.terminal))
+
+
 def test_every_kind_has_a_color_and_a_letter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, whose sixteen colors are used; then the user wants none."""
     for attribute in ("terminal", "letter", "color", "meaning"):
         assert len({getattr(ink, attribute) for ink in INKS.values()}) == len(INKS)
     monkeypatch.setenv("TERM", "xterm")
     text = "\n".join(lines_on_terminal(70, "pagemap", str(os.getpid()), "--map", raw=True))
-    color = re.search("\x1b\\[(\\d+)m█\x1b\\[0m anonymous", text)
-    assert color, "the legend"
-    assert f"\x1b[{color[1]}m█" in text.rpartition("anonymous")[0]
-    assert 30 <= int(color[1]) <= 37 or 90 <= int(color[1]) <= 97
+    found = re.search("\x1b\\[(\\d+)m█\x1b\\[0m anonymous", text)
+    assert found, "the legend"
+    assert f"\x1b[{found[1]}m█" in text.rpartition("anonymous")[0]
     monkeypatch.setenv("NO_COLOR", "1")
     text = "\n".join(lines_on_terminal(70, "pagemap", str(os.getpid()), "--map", raw=True))
     assert "\x1b" not in text

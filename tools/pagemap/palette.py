@@ -27,11 +27,11 @@ INKS = {
     "huge": Ink("#2f6fd0", "bright_blue", "H", "huge", "in huge pages", True),
     "present": Ink("#6cb9ee", "bright_cyan", "A", "anonymous", "anonymous", True),
     "file": Ink("#1c9c6c", "green", "F", "file", "of files", True),
-    "shmem": Ink("#c76bb0", "bright_magenta", "T", "shmem", "shared memory and tmpfs", True),
+    "shmem": Ink("#a6d96a", "bright_green", "T", "shmem", "shared memory and tmpfs", True),
     "swapped": Ink("#e8751a", "yellow", "S", "swapped", "swapped", True),
     "zero": Ink("#b4b4b4", "white", "Z", "zero page", "the zero page", False),
     "guard": Ink("#6b6b6b", "bright_black", "G", "guard pages", "guard pages", False),
-    "marker": Ink("#8a4b2a", "magenta", "M", "markers", "migrating, poisoned or marked", False),
+    "marker": Ink("#c76bb0", "magenta", "M", "markers", "migrating, poisoned or marked", False),
     "device": Ink("#b79b00", "red", "D", "device", "device memory", False),
 }
 """Inks by the state of pages, in the order of the legend."""
