@@ -279,13 +279,24 @@ class DeviceTransfer:
             raise UnsupportedError(message)
         after = DeviceTransfer(self.descriptor, self.offset, self.length, self.limits, self._mapper, forced=True)
         try:
-            self.end(invalidate=False, synchronize=True)
-            after.begin(flush=False, synchronize=True)
+            # In both directions: what the device does not write is copied back to the memory at the end, too.
+            after._copy_from(self)
         except BaseException:
             after.release()
             raise
         self.release()
         return after
+
+    def _copy_from(self, before: DeviceTransfer) -> None:
+        """Copy the bytes that the device sees in another transfer of the same range to the forced bounce buffer."""
+        if self.bounce is None:
+            return
+        done = 0
+        with memoryview(self.bounce) as view:
+            for source, place, size in before._parts(0, self.length):
+                with view[done : done + size] as part:
+                    source.read_into(place, part)
+                done += size
 
     def copy_out(self) -> None:
         """Copy the memory's bytes to the bounce buffer, regardless of its direction."""
