@@ -74,6 +74,8 @@ class Handle:
                     )
                 owner.remove_handle(in_use=in_use)
         self._owner, self._state = None, "released"
+        if self._prepared:  # in a forked child, which inherits no pins, and may describe other memory
+            self._prepared = 0
 
     release = free
 

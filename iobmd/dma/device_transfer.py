@@ -83,6 +83,7 @@ class DeviceTransfer:
         self.descriptor, self.offset, self.length, self.limits = descriptor, offset, length, limits
         self.bounce: IOBufferMemoryDescriptor | None = None
         self.double = self._forced = forced
+        self._direction = int(descriptor.getDirection())  # of this transfer, even if the descriptor is released
         self._mapper = mapper
         self._mapped: IOVMRange | None = None
         self._starts: list[int] | None = None
@@ -136,7 +137,7 @@ class DeviceTransfer:
         self.memory.require_mapped()
         size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
-        limits, options = self.limits, int(self.descriptor.getDirection())
+        limits, options = self.limits, self._direction
         if self._mapper:
             bounce.initWithPhysicalMask(kernel_task, options, size, PAGE_SIZE, 0)
         else:
@@ -281,6 +282,7 @@ class DeviceTransfer:
         try:
             # In both directions: what the device does not write is copied back to the memory at the end, too.
             after._copy_from(self)
+            after._direction = self._direction
         except BaseException:
             after.release()
             raise
@@ -320,8 +322,7 @@ class DeviceTransfer:
 
     def _goes(self, direction: int) -> bool:
         """Whether it is transferred in this direction; memory without a direction is transferred in both."""
-        its = self.descriptor.getDirection()
-        return not its or bool(its & direction)
+        return not self._direction or bool(self._direction & direction)
 
     def _write_back(self, *, drop: bool) -> None:
         for source, place, length in self._parts(0, self.length):

@@ -1,5 +1,7 @@
 """IODMACommand: bounce buffers in each direction, pairs of prepare and complete; errors change nothing."""
 
+import ctypes
+import gc
 import mmap
 import os
 from collections.abc import Iterator
@@ -329,6 +331,44 @@ def test_only_the_command_completes_what_it_has_prepared(command: IODMACommand, 
     command.clearMemoryDescriptor()
     assert memory.wiring is (Wiring.PINNED if wired else Wiring.PAGEABLE)
     memory.free()
+
+
+def test_a_forked_child_completes_nothing_of_its_parent(command: IODMACommand) -> None:
+    """What the parent has prepared does not count for the memory that the descriptor describes in the child."""
+    kind = int(iobmd.IOMemoryTypes.kIOMemoryTypeVirtual | kIODirectionInOut)
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE) as first, mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE) as second:
+        at = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (first, second)]
+        described = iobmd.IOMemoryDescriptor.withAddressRange(at[0], PAGE, kIODirectionInOut, iobmd.kernel_task)
+        described.prepare()
+
+        def child() -> tuple[int, Wiring]:
+            described.initWithOptions([(at[1], PAGE)], 1, 0, iobmd.kernel_task, kind)
+            described.prepare()
+            command.setMemoryDescriptor(described)
+            described.complete()
+            with pytest.raises(IOReturnError) as caught:
+                described.complete()
+            return caught.value.code, described.wiring
+
+        assert in_child(child) == (IOReturn.kIOReturnNotReady, Wiring.PINNED)
+        described.complete()
+        described.free()
+        gc.collect()
+
+
+def test_a_released_buffer_receives_what_the_device_wrote(command: IODMACommand) -> None:
+    """Its direction is that of the transfer, whatever happens to the handle: views may still use the memory."""
+    memory = iobmd.allocate(2 * PAGE, direction="in")
+    with pytest.raises(ZeroDivisionError), memory:
+        view = memoryview(memory)
+        command.setMemoryDescriptor(memory)
+        memory.setDirection(kIODirectionOut)
+        command.synchronize(0, forceDoubleBuffer=True)
+        command.writeBytes(PAGE, b"device")
+        raise ZeroDivisionError
+    command.complete()
+    assert view[PAGE : PAGE + 6] == b"device"
+    view.release()
 
 
 def test_a_part_completes_what_it_has_prepared() -> None:
