@@ -714,8 +714,9 @@ class IOMemoryDescriptor(Handle):
 
         The block receives True if the contents are intact, and False if they were lost and must be filled again
         inside the block. If that raises an exception, the memory remains Empty. Several threads may be inside at the
-        same time; the last to leave makes the memory volatile. Until one that received False has left without an
-        exception, all receive False; use a separate lock to decide which of them refills it.
+        same time, also by descriptors of parts and concatenations of the memory; the last to leave makes the memory
+        volatile. Until one that received False has left without an exception, all receive False; use a separate lock
+        to decide which of them refills it. Other processes may nevertheless change the state of shared memory.
 
         Raises
         ------

@@ -147,7 +147,7 @@ class PurgeControl:
                 self._deny(mapping)
             raise
 
-    def enter(self, inside: NonVolatile) -> None:
+    def enter(self, inside: _Block) -> None:
         """Make it non-volatile for a `with` block, and set whether the contents are intact."""
         order = self.memory.order()
         with self._permitted():
@@ -161,7 +161,7 @@ class PurgeControl:
         inside.intact = not self._unfilled
         self._keepers += 1
 
-    def leave(self, inside: NonVolatile, *, failed: bool) -> tuple[int, int] | None:
+    def leave(self, inside: _Block, *, failed: bool) -> tuple[int, int] | None:
         """End a `with` block; return the state and the modifiers to set now, None if the state is unchanged."""
         if inside.intact is False:
             self._unfilled = failed
@@ -217,25 +217,24 @@ def _set_access(mapping: Mapping, *, denied: bool) -> None:
         raise limits.from_oserror(error, "cannot change the access to purgeable memory", mapping.size) from None
 
 
-class NonVolatile:
-    """The context manager of `IOMemoryDescriptor.nonvolatile`."""
+class _Block:
+    """The use of memory that is not composite by a `with` block of `NonVolatile`."""
 
     intact: bool | None = None
-    """The value it returned; None: not entered, or interrupted by a signal handler before."""
+    """Whether the contents were intact; None: not entered, or interrupted by a signal handler before."""
 
     def __init__(self, owner: MemoryOwner) -> None:
         self._owner = owner
 
-    def __enter__(self) -> bool:
+    def enter(self) -> bool:
+        """Make the memory non-volatile; return whether the contents are intact."""
         with self._owner.guard:
             self._owner.require_purge_control().enter(self)
         assert self.intact is not None
         return self.intact
 
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        with_block.leave(partial(self._leave, failed=error is not None), error)
-
-    def _leave(self, *, failed: bool) -> None:
+    def leave(self, *, failed: bool) -> None:
+        """Make it volatile again, or Empty if it was to be filled again and this `failed`."""
         with self._owner.guard:
             control = self._owner.purge_control
             then = control.leave(self, failed=failed) if control else None
@@ -250,12 +249,45 @@ class NonVolatile:
     def _leave_collected(self) -> None:
         """End the block for the destructor, which must not wait, with the guard held."""
         control = self._owner.purge_control
-        then = control.leave(self, failed=True) if control else None
-        if not then:
-            return
-        with contextlib.suppress(IOReturnError):  # its memory may be garbage of the same cycle, and already freed
-            for origin in self._owner.origins():
-                change_when_free(origin, then)
+        if control and (then := control.leave(self, failed=True)):
+            _change(self._owner, then)  # its memory may be garbage of the same cycle, and already freed
+
+
+class NonVolatile:
+    """The context manager of `IOMemoryDescriptor.nonvolatile`.
+
+    Composite memory is kept non-volatile by the controls of the memory of its parts. Blocks of other descriptors of
+    the same memory, which may overlap in time, are thus counted together, and only the last makes it volatile.
+    """
+
+    def __init__(self, owner: MemoryOwner) -> None:
+        self._owner = owner
+        self._entered: list[list[_Block]] = []
+
+    def __enter__(self) -> bool:
+        with self._owner.guard:
+            self._owner.require_purge_control()  # before any part becomes non-volatile
+        entered: list[_Block] = []
+        intact = True
+        try:
+            for origin in dict.fromkeys(self._owner.origins()):
+                block = _Block(origin)
+                intact &= block.enter()
+                entered.append(block)
+        except BaseException:
+            _leave(entered, failed=True)
+            raise
+        self._entered.append(entered)
+        return intact
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        with_block.leave(partial(_leave, self._entered.pop(), failed=error is not None), error)
+
+
+def _leave(blocks: list[_Block], *, failed: bool) -> None:
+    with contextlib.ExitStack() as all_of_them:  # also if another one fails
+        for block in blocks:
+            all_of_them.callback(block.leave, failed=failed)
 
 
 def change_when_free(owner: MemoryOwner, then: tuple[int, int]) -> None:

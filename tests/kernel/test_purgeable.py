@@ -34,10 +34,12 @@ from support.threads import run_all, running
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor as Buffer
-from iobmd import IOPurgeable, IOReturn, IOReturnError
+from iobmd import IOMultiMemoryDescriptor, IOPurgeable, IOReturn, IOReturnError, IOSubMemoryDescriptor
 from iobmd._native import mman
+from iobmd.errors import BusyError
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
+INOUT = iobmd.kIODirectionInOut
 MIB = 1 << 20
 PAGES = pytest.mark.parametrize("huge", [False, True], ids=["small", "THP"])
 WAYS = pytest.mark.parametrize("deny", DENIALS.values(), ids=DENIALS)
@@ -662,6 +664,46 @@ def test_nonvolatile_of_threads_at_the_same_time() -> None:
         with buffer.nonvolatile() as intact:
             assert intact is True
         assert bytes(buffer) == data
+
+
+def test_nonvolatile_of_parts_at_the_same_time() -> None:
+    """Blocks of several descriptors of the same memory: only the last one to end makes it volatile."""
+    buffer, data = purgeable(16 * kernel.PAGE)
+    half = len(buffer) // 2
+    with (
+        buffer,
+        IOSubMemoryDescriptor.withSubRange(buffer, 0, half, INOUT) as front,
+        IOSubMemoryDescriptor.withSubRange(buffer, half, half, INOUT) as back,
+        IOMultiMemoryDescriptor.withDescriptors([back, front], INOUT) as both,
+    ):
+        buffer.setPurgeable(VOLATILE | LIFO)
+        for first, second in ((front, back), (both, buffer), (buffer, front), (back, both)):
+            one, other = first.nonvolatile(), second.nonvolatile()
+            assert one.__enter__()
+            assert other.__enter__()
+            one.__exit__(None, None, None)
+            assert iobmd.purge() == 0
+            assert bytes(buffer) == data
+            other.__exit__(None, None, None)
+            assert buffer.setPurgeable(KEEP_CURRENT) is VOLATILE
+
+
+def refuse() -> int:
+    raise BusyError("another process is changing the state")
+
+
+def test_nonvolatile_of_a_part_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has changed then: the other parts are volatile again, also while the exception exists."""
+    first, second = (purgeable(kernel.PAGE)[0] for _ in range(2))
+    with first, second, IOMultiMemoryDescriptor.withDescriptors([first, second], INOUT) as both:
+        both.setPurgeable(VOLATILE)
+        memory = second._memory().require_purge_control().memory
+        with monkeypatch.context() as patch, pytest.raises(BusyError) as caught:
+            patch.setattr(memory, "make_nonvolatile", refuse)
+            with both.nonvolatile():
+                pass
+        assert first.setPurgeable(KEEP_CURRENT) is second.setPurgeable(KEEP_CURRENT) is VOLATILE
+        del caught
 
 
 def test_nonvolatile_of_memory_that_never_was_volatile() -> None:
