@@ -1,7 +1,7 @@
 """Checks of argument types, with errors that name the parameter."""
 
 from operator import index
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 # Types are checked by attributes of the class: isinstance() of a protocol takes as long as a system call.
 
@@ -15,6 +15,16 @@ def check_integers(**values: object) -> None:
     for name, value in values.items():
         if not hasattr(type(value), "__index__"):
             raise TypeError(f"{name} must be an integer, not {value!r}")
+
+
+def integers(**values: object) -> list[int]:
+    """Return values as Python's integers. Raises as `check_integers`.
+
+    Sums of NumPy's integers wrap around, also those of a NumPy integer and a small Python integer. Offsets and
+    lengths must therefore be converted before they are compared or stored.
+    """
+    check_integers(**values)
+    return [int(index(cast("SupportsIndex", value))) for value in values.values()]
 
 
 def check_numbers(**values: object) -> None:

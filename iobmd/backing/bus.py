@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import integers
 from iobmd._native import pagemap
 from iobmd.backing.mapped import span
 from iobmd.backing.pageless import PagelessBacking
@@ -61,7 +61,7 @@ class BusBacking(PagelessBacking):
 
 
 def _checked(address: int, length: int) -> tuple[int, int]:
-    check_integers(address=address, length=length)
+    address, length = integers(address=address, length=length)
     if address < 0 or length < 0 or address + length > 1 << 64:
         raise BadArgumentError(f"{length} bytes at bus address {address:#x} exceed 64 bits")
-    return int(address), int(length)
+    return address, length

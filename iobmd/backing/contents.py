@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd._internal.arguments import check_integers, check_numbers
+from iobmd._internal.arguments import check_numbers, integers
 from iobmd.errors import UnsupportedError
 from iobmd.task import attempt, diagnosis, extents, job
 from iobmd.task.ranges import joined
@@ -50,7 +50,7 @@ class CopyOf:
         timeout: float | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_integers(address=address, size=size)
+        address, size = integers(address=address, size=size)
         if timeout is not None:
             check_numbers(timeout=timeout)
         self.task = task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import integers
 from iobmd.backing.device import DeviceBacking
 from iobmd.backing.ranges import RangeBacking
 from iobmd.descriptors import address_index
@@ -55,7 +55,7 @@ def describe_physical(ranges: Iterable[tuple[int, int]], kind: str) -> tuple[Bac
     """
     regions = []
     for address, length in ranges:
-        check_integers(address=address, length=length)
+        address, length = integers(address=address, length=length)  # noqa: PLW2901
         if length:
             regions.append(PhysicalRegion(address, length))
     total = sum(region.size for region in regions)
@@ -72,7 +72,7 @@ def _found(task: Task, ranges: Iterable[tuple[int, int]], *, writable: bool) -> 
     """Yield the memory at the nonempty ranges: parts of iobmd descriptors, or ranges (adjacent ones joined)."""
     open_range = (0, 0)
     for address, length in ranges:
-        check_range(address, length)
+        address, length = check_range(address, length)  # noqa: PLW2901
         part = address_index.find(task, address, length) if length else None
         if open_range[1] and (part or (length and sum(open_range) != address)):
             yield RangeBacking(task, *open_range, writable=writable)

@@ -10,7 +10,7 @@ import warnings
 from operator import index
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, overload
 
-from iobmd._internal.arguments import check_flags, check_integers
+from iobmd._internal.arguments import check_flags, check_integers, integers
 from iobmd._native.mapping import Mapping, SmallBuffer
 from iobmd.backing.contents import CopyOf
 from iobmd.backing.lazy import LazyBacking, LazyCopyOf
@@ -408,7 +408,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         """
         owner = self._memory()
         backing = owner.require_backing()
-        check_integers(start=start, withLength=withLength)
+        start, withLength = integers(start=start, withLength=withLength)  # noqa: N806 (IOKit's)
         if backing.task is None:
             raise UnsupportedError(f"{self!r} has no address: map it with map() or createMappingInTask()")
         owner.require_range(start, withLength)

@@ -71,7 +71,7 @@ class IOSubMemoryDescriptor(Derived):
             `kIOReturnBusy`: the previous memory is prepared or mapped.
         """
         check_descriptor(of=parent)
-        check_within(offset, length, parent.getLength(), parent)
+        offset, length = check_within(offset, length, parent.getLength(), parent)
         self._join([Part(parent._memory(), offset, length)], withDirection, parent.getTag())
         return True
 
@@ -193,7 +193,7 @@ class IOInterleavedMemoryDescriptor(Derived):
         """
         check_descriptor(descriptor=descriptor)
         parts = self._portions()
-        check_within(offset, length, descriptor.getLength(), descriptor)
+        offset, length = check_within(offset, length, descriptor.getLength(), descriptor)
         if self._count == self._capacity:
             raise NoResourcesError(f"{self!r} has {self._count} portions, which is its capacity: clear it first")
         self._join([*parts, Part(descriptor._usable_memory(), offset, length)], self._options, self._tag)

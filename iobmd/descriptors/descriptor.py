@@ -7,7 +7,7 @@ from array import array
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex, cast, overload
 
-from iobmd._internal.arguments import check_integers, offset_of
+from iobmd._internal.arguments import check_integers, integers, offset_of
 from iobmd.backing.bus import BusBacking
 from iobmd.backing.device import DeviceBacking
 from iobmd.constants import (
@@ -245,7 +245,7 @@ class IOMemoryDescriptor(Handle):
         IOReturnError
             As `IODeviceMemory.withRange`.
         """
-        check_integers(address=address, length=length)
+        address, length = integers(address=address, length=length)
         direction = check_direction(direction)
         return IOMemoryDescriptor()._hold(DeviceBacking(PhysicalRegion(address, length)), direction, length)
 
@@ -317,14 +317,20 @@ class IOMemoryDescriptor(Handle):
         IOReturnError
             `kIOReturnBadArgument` if the range exceeds the descriptor's length.
         """
+        if not type(offset) is type(length) is int:
+            offset, length = integers(offset=offset, length=length)
         return self._memory().read(offset, length)
 
     def readBytesInto(self, offset: int, buffer: Buffer) -> int:
         """Fill the writable `buffer` with the bytes at `offset`; return its size in bytes. Raises as `readBytes`."""
+        if type(offset) is not int:
+            (offset,) = integers(offset=offset)
         return self._memory().read_into(offset, buffer)
 
     def writeBytes(self, offset: int, data: Buffer) -> int:
         """Copy all of `data` to `offset`; return its size in bytes. Raises as `readBytes`, before writing."""
+        if type(offset) is not int:
+            (offset,) = integers(offset=offset)
         return self._memory().write(offset, data)
 
     @property
@@ -371,6 +377,7 @@ class IOMemoryDescriptor(Handle):
         """
         owner = self._memory()
         check_operation(options)
+        offset, length = integers(offset=offset, length=length)
         owner.write_back(offset, length, drop=options == kIOMemoryIncoherentIOFlush)
         return kIOReturnSuccess
 
@@ -495,7 +502,9 @@ class IOMemoryDescriptor(Handle):
             `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
         """
         owner = self._memory()
-        check_integers(offset=offset)
+        (offset,) = integers(offset=offset)
+        if length is not None:
+            (length,) = integers(length=length)
         return owner.segments(offset, owner.length - offset if length is None else length)
 
     def page_addresses(self, offset: int = 0, length: int | None = None) -> array[int]:
@@ -621,7 +630,9 @@ class IOMemoryDescriptor(Handle):
 
         One thread of another task is stopped for about a tenth of a millisecond (ptrace(2)), and then resumes.
         """
-        check_integers(atAddress=atAddress, options=options, offset=offset, length=length)
+        atAddress, options, offset, length = integers(  # noqa: N806 (IOKit's)
+            atAddress=atAddress, options=options, offset=offset, length=length
+        )
         task = as_task(intoTask)
         owner = self._usable_memory()
         length = length or owner.length - offset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from iobmd._internal.arguments import check_flags, check_integers, check_type
+from iobmd._internal.arguments import check_flags, check_integers, check_type, integers
 from iobmd.backing.device import DeviceBacking
 from iobmd.constants import IOOptionBits
 from iobmd.descriptors.composite_memory import CompositeBacking
@@ -65,7 +65,7 @@ class IODeviceMemory(IOMemoryDescriptor):
             `kIOReturnBadArgument`. Maps and accesses raise `kIOReturnUnsupported` (no /dev/mem),
             `kIOReturnNotPrivileged` and `kIOReturnNotPermitted`, with the reason.
         """
-        check_integers(start=start, length=length)
+        start, length = integers(start=start, length=length)
         return cls._of_region(PhysicalRegion(start, length))
 
     @classmethod
@@ -78,7 +78,7 @@ class IODeviceMemory(IOMemoryDescriptor):
             `kIOReturnBadArgument`: past the end.
         """
         check_type(IODeviceMemory, of=of)
-        check_within(offset, length, of.getLength(), of)
+        offset, length = check_within(offset, length, of.getLength(), of)
         part = Part(of._memory(), offset, length)
         self = cls()._hold(CompositeBacking([part]), _NONE, length)
         self._region, self._first = of._region, of._first + offset
@@ -198,7 +198,7 @@ class IODeviceMemory(IOMemoryDescriptor):
             `kIOReturnUnsupported`: the kernel does not export it (Linux 6.19, CONFIG_VFIO_PCI_DMABUF), or it is not
             memory of VFIO. `kIOReturnBadArgument`: not whole pages, or past the end.
         """
-        check_integers(offset=offset, length=length)
+        offset, length = integers(offset=offset, length=length)
         size = self.getLength()
         length = length or size - offset
         check_within(offset, length, size, self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_integers, integers
 from iobmd._native.mapping import Exporter, FaultError
 from iobmd.constants import IOMapOptions, IOReturn, kIOReturnSuccess
 from iobmd.descriptors.mapping_cache import CachedMapping, MapRequest, all_mappings
@@ -134,7 +135,7 @@ class IOMemoryMap(Exporter):
         mapping = self._open()
         if mapping.is_copy:
             raise UnsupportedError("a copy-on-write map has separate pages, which are not pinned")
-        check_integers(offset=offset)
+        (offset,) = integers(offset=offset)
         address, length = mapping.owner.segment(mapping.first + self._within + offset)
         if not 0 <= offset < self._length:
             return 0, 0
@@ -222,7 +223,7 @@ class IOMemoryMap(Exporter):
             raise diagnosis.unreachable(error) from None
         mapping, first = self._register(offset, width)
         try:
-            return mapping.load(first + offset, width)
+            return mapping.load(first + index(offset), width)
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
 
@@ -244,13 +245,13 @@ class IOMemoryMap(Exporter):
             raise diagnosis.unreachable(error) from None
         mapping, first = self._register(offset, width)
         try:
-            mapping.store(first + offset, width, value)
+            mapping.store(first + index(offset), width, value)
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
 
     def _register(self, offset: int, width: int) -> tuple[Mapping, int]:
         """Return the mapping, and the position of this map in it, for an access to a register."""
-        check_integers(offset=offset)
+        (offset,) = integers(offset=offset)
         if not 0 <= offset <= self._length - width:
             message = f"{width} bytes at offset {offset:#x} are not within the {self._length} bytes of the map"
             raise BadArgumentError(message)
@@ -289,7 +290,7 @@ class IOMemoryMap(Exporter):
         """
         mapping = self._open()
         check_descriptor(newBackingMemory=newBackingMemory)
-        check_integers(options=options, offset=offset)
+        options, offset = integers(options=options, offset=offset)
         if options:
             raise BadArgumentError(f"unknown redirect options {options:#x}")
         if mapping.own is None:

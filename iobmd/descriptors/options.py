@@ -6,7 +6,7 @@ import functools
 from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_integers, integers
 from iobmd._native import mapping
 from iobmd.backing.placement import ANYWHERE, PROTECTIONS, Placement
 from iobmd.constants import IODirection, IOMapOptions, IOMemoryOperation, IOMemoryTypes, IOOptionBits
@@ -348,12 +348,16 @@ def check_descriptor(**values: object) -> None:
             raise TypeError(f"{name} must be an IOMemoryDescriptor, not {value!r}")
 
 
-def check_within(offset: int, length: int, size: int, whole: object) -> None:
-    """Raise `kIOReturnBadArgument` unless a range is within the `size` bytes of `whole`, a name for the message."""
+def check_within(offset: int, length: int, size: int, whole: object) -> tuple[int, int]:
+    """Return the offset and the length of a range as Python's integers.
+
+    Raises `kIOReturnBadArgument` unless it is within the `size` bytes of `whole`, a name for the message.
+    """
     if not type(offset) is type(length) is int:  # a call costs more than the rest
-        check_integers(offset=offset, length=length)
+        offset, length = integers(offset=offset, length=length)
     if offset < 0 or length < 0 or offset + length > size:
         raise BadArgumentError(f"offset {offset} with length {length} is not within the {size} bytes of {whole}")
+    return offset, length
 
 
 def check_direction(direction: int) -> int:

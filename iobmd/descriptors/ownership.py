@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from iobmd._internal import process_local
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import integers
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native import mapping
 from iobmd.constants import (
@@ -406,7 +406,7 @@ class MemoryOwner:
         """As `IOMemoryDescriptor.getPhysicalSegment`."""
         backing = self.require_backing()
         table = self._runs(backing)
-        check_integers(offset=offset)
+        (offset,) = integers(offset=offset)
         if not 0 <= offset < self.length:
             return 0, 0
         found = table.segment(backing.address + offset, self.length - offset)

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.arguments import check_integers, check_type, integers
 from iobmd.constants import (
     IODMACommandOperation,
     IOReturn,
@@ -352,7 +352,9 @@ class IODMACommand:
             unsuitable alignment. `kIOReturnMessageTooLarge`: with `kIterateOnly`, memory that it cannot reach.
         """
         transfer = self._prepared()
-        check_integers(offset=offset, numSegments=1 if numSegments is None else numSegments)
+        (offset,) = integers(offset=offset)
+        if numSegments is not None:
+            (numSegments,) = integers(numSegments=numSegments)  # noqa: N806 (IOKit's)
         if offset < 0 or (numSegments is not None and numSegments < 1):
             message = f"cannot generate {numSegments} segments from offset {offset}"
             raise BadArgumentError(message)
@@ -417,13 +419,14 @@ class IODMACommand:
         IOReturnError
             `kIOReturnNotReady`: it is not prepared. `kIOReturnBadArgument`: past the end of the prepared range.
         """
-        transfer = self._within(offset, length)
+        transfer, offset, length = self._within(offset, length)
         return transfer.read(offset, length)
 
     def writeBytes(self, offset: int, data: Buffer) -> int:
         """Store bytes as the device would; return their number. Raises as `readBytes`, before writing."""
         size = memoryview(data).nbytes
-        self._within(offset, size).write(offset, data)
+        transfer, offset, _ = self._within(offset, size)
+        transfer.write(offset, data)
         return size
 
     def performOperation(
@@ -460,7 +463,7 @@ class IODMACommand:
             `data`, no `data`, or not exactly one operation.
         """
         check_integers(options=options)
-        transfer = self._within(dmaOffset, length)
+        transfer, dmaOffset, length = self._within(dmaOffset, length)  # noqa: N806 (IOKit's)
         if options == IODMACommandOperation.kIODMACommandPerformOperationOptionZero:
             for offset in range(0, length, _ZEROED):
                 transfer.write(dmaOffset + offset, bytes(min(_ZEROED, length - offset)))
@@ -474,7 +477,7 @@ class IODMACommand:
             raise BadArgumentError("Read and Write copy bytes to or from `data`: pass a descriptor")
         check_descriptor(data=data)
         if options == IODMACommandOperation.kIODMACommandPerformOperationOptionRead:
-            check_within(dataOffset, length, data.getLength(), data)
+            dataOffset, _ = check_within(dataOffset, length, data.getLength(), data)  # noqa: N806 (IOKit's)
             data.writeBytes(dataOffset, transfer.read(dmaOffset, length))
         else:
             transfer.write(dmaOffset, data.readBytes(dataOffset, length))
@@ -501,9 +504,9 @@ class IODMACommand:
         self._active = 1
 
     def _range(self, memory: IOMemoryDescriptor, offset: int, length: int) -> tuple[int, int]:
+        offset, length = integers(offset=offset, length=length)
         whole = memory.getLength()
-        length = length or whole - offset
-        check_within(offset, length, whole, "the memory")
+        offset, length = check_within(offset, length or whole - offset, whole, "the memory")
         if 0 < self._limits.max_transfer < length:
             message = f"{length} bytes exceed the device's maximum transfer of {self._limits.max_transfer} bytes"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
@@ -532,10 +535,9 @@ class IODMACommand:
             raise NotReadyError(f"{self!r} is not prepared: call prepare() first")
         return self._transfer
 
-    def _within(self, offset: int, length: int) -> DeviceTransfer:
+    def _within(self, offset: int, length: int) -> tuple[DeviceTransfer, int, int]:
         transfer = self._prepared()
-        check_within(offset, length, transfer.length, "the prepared transfer")
-        return transfer
+        return transfer, *check_within(offset, length, transfer.length, "the prepared transfer")
 
     def __enter__(self) -> Self:
         return self

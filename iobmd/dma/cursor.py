@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import integers
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import IOReturn
 from iobmd.descriptors.options import check_descriptor
@@ -84,7 +84,9 @@ class IOMemoryCursor:
             alignment.
         """
         check_descriptor(descriptor=descriptor)
-        check_integers(fromPosition=fromPosition, maxSegments=maxSegments, maxTransferSize=maxTransferSize)
+        fromPosition, maxSegments, maxTransferSize = integers(  # noqa: N806 (IOKit's)
+            fromPosition=fromPosition, maxSegments=maxSegments, maxTransferSize=maxTransferSize
+        )
         if min(fromPosition, maxTransferSize) < 0 or maxSegments < 1:
             raise BadArgumentError(f"cannot generate {maxSegments} segments from position {fromPosition}")
         limits, left = self._limits, max(descriptor.getLength() - fromPosition, 0)

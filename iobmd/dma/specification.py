@@ -6,7 +6,7 @@ from enum import KEEP, IntFlag
 from typing import NamedTuple
 
 from iobmd import constants
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import check_integers, integers
 from iobmd.errors import BadArgumentError
 from iobmd.physical.zones import ALL_ADDRESSES
 from iobmd.units import PAGE_SIZE, is_power_of_two
@@ -55,7 +55,7 @@ class Specification(NamedTuple):
         IOReturnError
             `kIOReturnBadArgument`: a limit that no transfer can satisfy, or an unknown option.
         """
-        check_integers(
+        numbers = integers(
             numAddressBits=self.address_bits,
             maxSegmentSize=self.max_segment,
             mappingOptions=self.options,
@@ -65,6 +65,9 @@ class Specification(NamedTuple):
             alignmentLength=self.length_unit,
             alignmentInternalSegments=self.internal_alignment,
         )
+        return Specification(*numbers)._with_defaults()
+
+    def _with_defaults(self) -> Specification:
         bits, alignment = self.address_bits or 64, self.alignment or 1
         unit, internal = self.length_unit or 1, self.internal_alignment or alignment
         if not PAGE_SIZE.bit_length() - 1 <= bits <= 64:
@@ -88,7 +91,6 @@ class Specification(NamedTuple):
         return self._replace(
             address_bits=bits,
             alignment=alignment,
-            options=int(self.options),
             length_unit=unit,
             internal_alignment=internal,
         )

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.arguments import check_integers, check_type, integers
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import (
     IODMAMapOptions,
@@ -242,7 +242,9 @@ class IOMapper:
             As `prepare`. `kIOReturnBadArgument`: a range past the end, or unknown options. `kIOReturnUnsupported`:
             `kIODMAMapDeviceMemory`, `…IdentityMap` and `…FixedAddress`, with the reason.
         """
-        check_integers(descriptorOffset=descriptorOffset, length=length, mapOptions=mapOptions)
+        descriptorOffset, length, mapOptions = integers(  # noqa: N806 (IOKit's)
+            descriptorOffset=descriptorOffset, length=length, mapOptions=mapOptions
+        )
         whole = memory.getLength()
         length = length or whole - descriptorOffset
         check_within(descriptorOffset, length, whole, "the memory")
@@ -283,7 +285,7 @@ class IOMapper:
         IOReturnError
             As `IOMemoryDescriptor.segments`, if the physical addresses are hidden.
         """
-        check_integers(mappedAddress=mappedAddress)
+        (mappedAddress,) = integers(mappedAddress=mappedAddress)  # noqa: N806 (IOKit's)
         for prepared in list(self._ranges):
             offset = mappedAddress - prepared.address
             if 0 <= offset < prepared.length:

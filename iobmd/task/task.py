@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, TypeAlias, cast
 
 from iobmd import procfs
-from iobmd._internal.arguments import check_integers
+from iobmd._internal.arguments import integers
 from iobmd._native import crosstask
 from iobmd._native.crosstask import HeldBuffer, fresh_bytes
 from iobmd.errors import NO_DESCRIPTOR, BadArgumentError, IOReturnError
@@ -163,7 +163,7 @@ class Task:
         (measured, Linux 6.18). With `timeout`, child processes make all calls that may wait for it: 4 KiB take 0.2 ms
         instead of 10 µs, and 1 MiB takes 1.4 ms instead of 0.2 ms.
         """
-        check_range(address, size)
+        address, size = check_range(address, size)
         if unmapped := extents.unmapped(self.pid, address, size):
             raise diagnosis.unreadable(self.pid, unmapped[0][0])
         headroom.require(size, swappable=True)
@@ -207,7 +207,7 @@ class Task:
         """
         with HeldBuffer(data, False) as held:
             size = held.size
-            check_range(address, size)
+            address, _ = check_range(address, size)
             quick = timeout is None
             if size and not (quick and self._moved_present(address, held.address, size, write=True)):
                 job = Transfer(self.pid, self._pidfd, address, held.address, size, write=True, timeout=timeout)
@@ -234,7 +234,7 @@ class Task:
         The other parameters are those of `Transfer`. Raises as `read`; with `resident_only` also
         `kIOReturnNotReady`, where `.address` is the first page that another program must supply.
         """
-        check_range(source, size)
+        source, size = check_range(source, size)
         quick = not skip and timeout is None
         if not size or (quick and self._moved_present(source, destination, size, fresh=fresh)):
             return Outcome(size, 0)
@@ -372,11 +372,15 @@ def as_task(task: AnyTask) -> Task:
     return task if isinstance(task, Task) else Task(task)
 
 
-def check_range(address: int, size: int) -> None:
-    """Raise `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses, or TypeError."""
+def check_range(address: int, size: int) -> tuple[int, int]:
+    """Return an address and a size as Python's integers.
+
+    Raises `kIOReturnBadArgument` unless `address`…`address + size` is a range of 64-bit addresses, or TypeError.
+    """
     if not type(address) is type(size) is int:  # a call costs more than the rest
-        check_integers(address=address, size=size)
+        address, size = integers(address=address, size=size)
     if size < 0:
         raise BadArgumentError(f"size {size} is negative")
     if address < 0 or address + size > ADDRESS_END:
         raise BadArgumentError(f"address {address:#x} with size {size:#x} is outside the 64-bit address space")
+    return address, size
