@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd._internal import process_local
+from iobmd._internal.uncopyable import Uncopyable
 from iobmd._native.mapping import Exporter
 from iobmd.api import allocate
 from iobmd.descriptors.purge_control import change_when_free
@@ -197,7 +198,7 @@ class _Entry:
         return self.buffer
 
 
-class PurgeableCache(Mapping[K, CacheItem], Generic[K]):
+class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
     """A mapping of keys to reproducible contents, which the system may reclaim when memory is short.
 
     `cache[key]` returns the contents as a `CacheItem`, which the loader produces if necessary, as does `cache.get`.

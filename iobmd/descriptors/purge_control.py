@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from iobmd._internal import with_block
+from iobmd._internal.uncopyable import Uncopyable
 from iobmd._native.mapping import ClosedError
 from iobmd.descriptors import mapping_cache
 from iobmd.errors import BusyError, IOReturnError, NotOpenError, UnsupportedError
@@ -253,7 +254,7 @@ class _Block:
             _change(self._owner, then)  # its memory may be garbage of the same cycle, and already freed
 
 
-class NonVolatile:
+class NonVolatile(Uncopyable):
     """The context manager of `IOMemoryDescriptor.nonvolatile`.
 
     Composite memory is kept non-volatile by the controls of the memory of its parts. Blocks of other descriptors of

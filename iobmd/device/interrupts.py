@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from iobmd._internal import with_block
 from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.uncopyable import Uncopyable
 from iobmd.constants import IOReturn, kIOReturnSuccess
 from iobmd.device.uio import UIOLine
 from iobmd.device.vfio import VFIOLine
@@ -36,7 +37,7 @@ class _Line(Protocol):
         """End its use."""
 
 
-class IOInterruptEventSource:
+class IOInterruptEventSource(Uncopyable):
     """The interrupts of a device that a process drives: waited for, counted, masked and unmasked.
 
     Created by `ofUIO` or `ofVFIO`. It has a `fileno()`, which is readable while interrupts have not been read:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type, integers
+from iobmd._internal.uncopyable import Uncopyable
 from iobmd.constants import (
     IODMACommandOperation,
     IOReturn,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _ZEROED = 1 << 20  # bytes that are zeroed at once
 
 
-class IODMACommand:
+class IODMACommand(Uncopyable):
     """Segments of a descriptor's memory within the limits of a device, with bounce buffers where necessary.
 
     A command serves consecutive transfers, with the same or different memory. While the command is prepared, so is

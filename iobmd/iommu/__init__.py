@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
 from iobmd._internal.arguments import check_integers, check_type, integers
+from iobmd._internal.uncopyable import Uncopyable
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import (
     IODMAMapOptions,
@@ -64,7 +65,7 @@ _creation = process_local.Guard()
 __all__ = ["IOMapper", "IOVMRange"]
 
 
-class IOMapper:
+class IOMapper(Uncopyable):
     """The I/O address space of a PCI device: the memory that the device may access, and its addresses there.
 
     Parameters
@@ -348,7 +349,7 @@ def _unmap_if_mapped(attachment: Attachment, address: int, size: int) -> None:
         attachment.unmap(address, size)
 
 
-class IOVMRange:
+class IOVMRange(Uncopyable):
     """A descriptor's memory as a device sees it, from `IOMapper.prepare` to `complete` or the end of `with`."""
 
     def __init__(
