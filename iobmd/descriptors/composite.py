@@ -211,7 +211,7 @@ class IOInterleavedMemoryDescriptor(Derived):
         Raises
         ------
         IOReturnError
-            `kIOReturnBusy` while it is mapped, or prepared by descriptors of parts of it: nothing changes.
+            `kIOReturnBusy` while it is mapped or viewed, or prepared by descriptors of parts of it: nothing changes.
             `kIOReturnBadArgument`.
         """
         direction = check_direction(direction) or self._options & DIRECTION_MASK
@@ -222,6 +222,8 @@ class IOInterleavedMemoryDescriptor(Derived):
             raise BusyError(f"{self!r} is still mapped (map count {mapped}): call unmap() first")
         if owner.pins > self._prepared:
             raise BusyError(f"{self!r} is prepared by descriptors of parts of it: call their complete() first")
+        with owner.guard:
+            owner.require_unused()  # before the memory is unpinned
         while self._prepared:
             self.complete()
         self._join([], self._options & ~DIRECTION_MASK | direction, 0)

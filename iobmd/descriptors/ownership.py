@@ -183,6 +183,21 @@ class MemoryOwner:
                 raise self._in_use(error) from None
             self._sealed = True
 
+    def require_unused(self) -> None:
+        """Raise `kIOReturnBusy`, with the guard held, if a view would prevent the end of the last use.
+
+        Memory that its end would unmap in another task is not checked: unmapping it cannot be undone.
+        """
+        backing = self.require_backing()
+        if self._has_dependents() or backing.tasks_to_stop():
+            return
+        try:
+            self._require_unviewed()
+            backing.seal()
+        except BufferError as error:
+            raise self._in_use(error) from None
+        backing.unseal()
+
     def unseal(self) -> None:
         """Undo `seal`."""
         with self.guard:

@@ -113,6 +113,30 @@ def test_refused_without_a_change() -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("unique", [0, IOMapOptions.kIOMapUnique])
+@pytest.mark.parametrize("pages", [1, 32])
+def test_a_view_keeps_it_prepared(unique: int, pages: int) -> None:
+    """Its memory ends with its last portion, which a view of a map that has ended prevents."""
+    size = pages * PAGE
+    with empty(2, INOUT) as whole:
+        with iobmd.allocate(2 * size, wired=False, shared=True) as buffer:
+            whole.setMemoryDescriptor(buffer, size, size)
+        whole.prepare()
+        with whole.map(unique) as mapped:
+            view = memoryview(mapped)
+        before = whole.segments() if os.geteuid() == 0 else []
+        assert code_of(whole.clearMemoryDescriptors) == IOReturn.kIOReturnBusy
+        assert whole.wiring is Wiring.PINNED
+        assert kernel.pinned(size) >= size
+        assert not before or whole.segments() == before
+        view[0] = 1
+        assert whole.readBytes(0, 1) == b"\x01"
+        view.release()
+        whole.clearMemoryDescriptors()
+        assert len(whole) == 0
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_forgotten_while_prepared() -> None:
     with iobmd.allocate(PAGE, wired=False) as buffer:
         whole = empty(1, INOUT)
