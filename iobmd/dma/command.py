@@ -203,13 +203,16 @@ class IODMACommand(Uncopyable):
         with self._guard:
             fresh = mem is not self._memory
             if fresh and self._active:
-                raise BusyError(f"{self!r} is prepared with other memory: call complete() first")
+                raise self._has_other_memory()
             if fresh and mem is not None:
                 mem.getLength()  # raises if it was freed
             if not autoPrepare:
                 self._complete_all()
             self._memory = mem
-            if mem is None or not autoPrepare or self._active:
+            if mem is None or not autoPrepare:
+                return kIOReturnSuccess
+            if self._transfer is not None:
+                self._require_same(mem, self._transfer)
                 return kIOReturnSuccess
             try:
                 self._prepare(0, 0, flush=True, synchronize=True)
@@ -490,6 +493,7 @@ class IODMACommand(Uncopyable):
             raise NotReadyError(f"{self!r} has no memory: call setMemoryDescriptor() first")
         offset, length = self._range(memory, offset, length)
         if self._transfer is not None:
+            self._require_same(memory, self._transfer)
             if (offset, length) != self.getPreparedOffsetAndLength():
                 raise NotReadyError(f"{self!r} is prepared with another range: call complete() first")
             self._active += 1
@@ -503,6 +507,14 @@ class IODMACommand(Uncopyable):
             self._transfer = None
             raise
         self._active = 1
+
+    def _require_same(self, descriptor: IOMemoryDescriptor, transfer: DeviceTransfer) -> None:
+        """Raise `kIOReturnBusy` if the descriptor was released, and initialized again, since the transfer began."""
+        if descriptor._memory() is not transfer.memory:
+            raise self._has_other_memory()
+
+    def _has_other_memory(self) -> BusyError:
+        return BusyError(f"{self!r} is prepared with other memory: call complete() first")
 
     def _range(self, memory: IOMemoryDescriptor, offset: int, length: int) -> tuple[int, int]:
         offset, length = integers(offset=offset, length=length)

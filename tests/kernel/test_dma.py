@@ -371,6 +371,26 @@ def test_a_released_buffer_receives_what_the_device_wrote(command: IODMACommand)
     view.release()
 
 
+def test_a_descriptor_that_describes_other_memory(command: IODMACommand) -> None:
+    """The descriptor was released while the command was prepared, and initialized again: its new memory is not."""
+    with iobmd.allocate(PAGE) as first, iobmd.allocate(PAGE) as second:
+        part = iobmd.IOSubMemoryDescriptor.withSubRange(first, 0, PAGE, kIODirectionInOut)
+        with pytest.raises(ZeroDivisionError), part:
+            command.setMemoryDescriptor(part)
+            raise ZeroDivisionError
+        part.initSubRange(second, 0, PAGE, kIODirectionInOut)
+        for use in (lambda: command.setMemoryDescriptor(part), command.prepare):
+            with pytest.raises(IOReturnError, match="other memory") as caught:
+                use()
+            assert caught.value.code == IOReturn.kIOReturnBusy
+        command.complete()
+        command.setMemoryDescriptor(part)
+        command.writeBytes(0, b"device")
+        assert (first.readBytes(0, 6), second.readBytes(0, 6)) == (bytes(6), b"device")
+        command.clearMemoryDescriptor()
+        part.free()
+
+
 def test_a_part_completes_what_it_has_prepared() -> None:
     with iobmd.allocate(4 * PAGE, wired=False) as memory:
         with iobmd.IOSubMemoryDescriptor.withSubRange(memory, PAGE, PAGE, iobmd.kIODirectionInOut) as part:
