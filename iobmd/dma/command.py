@@ -561,7 +561,8 @@ class IODMACommand(Uncopyable):
     def __repr__(self) -> str:
         limits, transfer = self._limits, self._transfer
         state = f"prepare count {self._active}" if transfer else "not prepared"
-        bounced = f", {len(transfer.bounce)} bytes bounced" if transfer and transfer.bounce else ""
+        # Recorded, because the bounce buffer may be garbage of the same cycle, and already released.
+        bounced = f", {transfer.bounced_bytes} bytes bounced" if transfer and transfer.bounced_bytes else ""
         return f"<IODMACommand for {limits.address_bits} address bits, {state}{bounced}>"
 
     def __del__(self) -> None:

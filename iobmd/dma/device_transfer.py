@@ -82,6 +82,7 @@ class DeviceTransfer:
     ) -> None:
         self.descriptor, self.offset, self.length, self.limits = descriptor, offset, length, limits
         self.bounce: IOBufferMemoryDescriptor | None = None
+        self.bounced_bytes = 0
         self.double = self._forced = forced
         self._direction = int(descriptor.getDirection())  # of this transfer, even if the descriptor is released
         self._mapper = mapper
@@ -135,7 +136,7 @@ class DeviceTransfer:
             return None
         # Before the bounce buffer is mapped, because the kernel may map it at the address of unmapped memory.
         self.memory.require_mapped()
-        size = max((piece.place or 0) + piece.length for piece in bounced)
+        self.bounced_bytes = size = max((piece.place or 0) + piece.length for piece in bounced)
         bounce = IOBufferMemoryDescriptor()
         limits, options = self.limits, self._direction
         if self._mapper:
