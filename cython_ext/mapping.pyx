@@ -866,7 +866,13 @@ cdef class Mapping:
         # The GIL is not released: no other thread unmaps the memory during the access.
         if job.width not in (1, 2, 4, 8) or <uintptr_t>job.at % job.width:
             raise ValueError(f"no aligned access of {job.width} bytes at {<uintptr_t>job.at:#x}")
-        if (self.revocable or self.denied or self.holes) and not self.device:
+        if self.concealed:
+            self._begin_use()
+            try:
+                _access_once(job)
+            finally:
+                self._end_use()
+        elif (self.revocable or self.denied or self.holes) and not self.device:
             _guarded(_access_once, job, <uintptr_t>job.at)
         else:
             _access_once(job)

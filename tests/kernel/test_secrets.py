@@ -238,6 +238,19 @@ def test_concealed_memory_is_accessible_only_during_its_uses(size: int) -> None:
         assert kernel.smaps(address)["Locked"] == len(pages_of(buffer)) * kernel.PAGE
 
 
+@pytest.mark.parametrize("size", [64, 9000])
+def test_registers_of_concealed_memory(size: int) -> None:
+    """A map is no view: it leaves the memory inaccessible between the accesses."""
+    with iobmd.allocate(size, secret="concealed", alignment=8) as buffer, buffer.map() as mapped:
+        for _repeated in range(2):
+            mapped.write64(8, 0x0123456789ABCDEF)
+            assert not any(is_accessible(page) for page in pages_of(buffer))
+            assert mapped.read64(8) == 0x0123456789ABCDEF
+            assert mapped.read8(15) == 0x01
+        assert not any(is_accessible(page) for page in pages_of(buffer))
+        assert buffer.readBytes(8, 8) == bytes.fromhex("efcdab8967452301")
+
+
 @pytest.mark.needs("frames")
 def test_physical_addresses_of_concealed_memory() -> None:
     with iobmd.allocate(9000, secret="concealed") as buffer:
