@@ -75,24 +75,10 @@ class MemoryOwner:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_dependents",
-        "_kind",
-        "_mappings",
-        "_pinned_for_good",
-        "_preparation",
-        "_sealed",
-        "_viewable",
-        "_wired_by",
-        "backing",
-        "guard",
-        "has_handle",
-        "host_only",
-        "length",
-        "maker",
-        "pins",
+        "__weakref__", "_dependents", "_kind", "_mappings", "_pinned_for_good", "_preparation", "_sealed",
+        "_viewable", "_wired_by", "backing", "guard", "has_handle", "host_only", "length", "maker", "pins",
         "purge_control",
-    )
+    )  # fmt: skip
 
     def __init__(
         self, backing: Backing, length: int, kind: str, *, has_handle: bool = True, maker: int | None = None
@@ -174,14 +160,16 @@ class MemoryOwner:
             As `remove_handle`.
         """
         with self.guard:
-            if self.backing is None or not self.ends_with(dependent):
-                return
-            try:
-                self._require_unviewed()
-                self.backing.seal()
-            except BufferError as error:
-                raise self._in_use(error) from None
-            self._sealed = True
+            if self.backing is not None and self.ends_with(dependent):
+                self._seal(self.backing)
+                self._sealed = True
+
+    def _seal(self, backing: Backing) -> None:
+        try:
+            self._require_unviewed()
+            backing.seal()
+        except BufferError as error:
+            raise self._in_use(error) from None
 
     def require_unused(self) -> None:
         """Raise `kIOReturnBusy`, with the guard held, if a view would prevent the end of the last use.
@@ -189,14 +177,9 @@ class MemoryOwner:
         Memory that its end would unmap in another task is not checked: unmapping it cannot be undone.
         """
         backing = self.require_backing()
-        if self._has_dependents() or backing.tasks_to_stop():
-            return
-        try:
-            self._require_unviewed()
-            backing.seal()
-        except BufferError as error:
-            raise self._in_use(error) from None
-        backing.unseal()
+        if not (self._has_dependents() or backing.tasks_to_stop()):
+            self._seal(backing)
+            backing.unseal()
 
     def unseal(self) -> None:
         """Undo `seal`."""

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self, Typ
 
 from iobmd import procfs
 from iobmd._internal import log, pidns
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.errors import (
     BadArgumentError,
     IOReturnError,
     NoMemoryError,
+    NotFoundError,
     NotOpenError,
     UnsupportedError,
     VMError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from iobmd.task.ranges import Range
 
 _T = TypeVar("_T")
+_known: WeakRegistry[Snapshot] = WeakRegistry()
 
 _RESERVE = 16 << 20
 """Bytes that must remain free for the task in its memory cgroup and on the host."""
@@ -129,6 +132,7 @@ class Snapshot(Task):
             self.shared = []
         self._limit = limit
         self._finish = weakref.finalize(self, self._child.end)
+        _known.add(self)
         log.debug("a snapshot of task %d was made, which stopped it for %d ns", task.pid, self.stopped_ns)
         prefer_as_victim(self)
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="iobmd-snapshot", daemon=True).start()
@@ -175,7 +179,10 @@ class Snapshot(Task):
 
     @property
     def copied_bytes(self) -> int:
-        """Memory that exists only for the snapshot, in bytes: pages that the task has since written to or unmapped.
+        """Memory that exists only for snapshots, in bytes: pages that the task has since written to or unmapped.
+
+        Pages that several snapshots of the task share count for each. An earlier one then counts at most as much less
+        as the task's memory has grown before the latest.
 
         Raises
         ------
@@ -190,7 +197,19 @@ class Snapshot(Task):
 
         self._require_open()
         found = self._asked(lambda: [one.tally for one in area.areas(self, details=False)])
-        return sum(min(one.exclusive, one.present - one.file) for one in found)
+        alone = sum(min(one.exclusive, one.present - one.file) for one in found)
+        if not any(one is not self and one.task.pid == self.task.pid and one.is_open for one in _known.all()):
+            return alone
+        # No page of it is exclusive if another snapshot shares it. At most as much as the task itself shares with
+        # other processes, including all snapshots, is memory that the task still has.
+        try:
+            kept = sum(
+                max(0, one.present - one.file - one.zero - one.exclusive)
+                for one in (found.tally for found in area.areas(self.task, details=False))
+            )
+        except NotFoundError:
+            kept = 0
+        return max(alone, sum(one.present - one.file - one.zero for one in found) - kept)
 
     def areas(self) -> list[procfs.VMA]:
         """Return the areas of the task at the moment of the snapshot, ascending. Raises as `read`."""

@@ -249,6 +249,20 @@ def test_copied_bytes_and_their_limit(source: Source) -> None:
     assert source.request("wait") == [0, errno.ECHILD]
 
 
+def test_memory_that_several_snapshots_share(source: Source) -> None:
+    """It counts for each of them, and for their limits."""
+    with iobmd.snapshot(source.pid) as first, iobmd.snapshot(source.pid) as second:
+        before = first.copied_bytes, second.copied_bytes
+        source.write(0, 256, 2)
+        for one, start in zip((first, second), before, strict=True):
+            assert 200 * kernel.PAGE <= one.copied_bytes - start < 320 * kernel.PAGE
+        with iobmd.snapshot(source.pid, limit=256 * kernel.PAGE) as third, iobmd.snapshot(source.pid):
+            source.write(0, 512, 3)
+            assert until(lambda: not third.is_open)
+        assert first.is_open
+        assert second.is_open
+
+
 def test_the_task_does_not_notice_it(source: Source) -> None:
     """It receives no signal, its waits do not see the snapshot, and files that it closes are closed."""
     reading, writing = os.pipe()
