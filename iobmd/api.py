@@ -207,7 +207,7 @@ def copy(
         Seconds to wait for another program, as for `Task.read`.
     progress : callable, optional
         Called repeatedly in this thread with the number of bytes copied so far, and finally with `size`; by a lazy
-        copy, not at all.
+        copy, not at all. An exception that it raises ends the copy.
     wired, contiguous, purgeable, shared, alignment, physical_mask, cache, direction, node, secret
         As for `allocate`; the buffer is allocated in this process.
 

@@ -7,6 +7,9 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+_P = ParamSpec("_P")
 
 PIECE = 4 << 20
 """Bytes of a chunk: a few huge pages, and small enough that an interrupt or the exit of a task is noticed soon."""
@@ -22,6 +25,26 @@ Work = Callable[[int, int], tuple[int, int]]
 """Processes `size` bytes at `offset`; returns how many were processed, and the error number that ended the work."""
 
 Progress = Callable[[int], None]
+
+
+class Carried(BaseException):
+    """Carries an exception of a caller's function past the handlers of the kernel's errors (OSError)."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+def carrying(function: Callable[_P, None]) -> Callable[_P, None]:
+    """Return a function that raises `Carried` for an exception of a caller's function."""
+
+    def call(*arguments: _P.args, **keywords: _P.kwargs) -> None:
+        try:
+            function(*arguments, **keywords)
+        except BaseException as error:
+            raise Carried(error) from None
+
+    return call
 
 
 def threads(size: int, most: int = MOST_THREADS) -> int:

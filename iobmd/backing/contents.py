@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iobmd._internal.arguments import check_numbers, integers
+from iobmd._internal.chunked import Progress, carrying
 from iobmd.errors import UnsupportedError
 from iobmd.task import attempt, diagnosis, extents, job
 from iobmd.task.ranges import joined
 from iobmd.task.task import check_range
 
 if TYPE_CHECKING:
-    from iobmd._internal.chunked import Progress
     from iobmd._native.crosstask import Ranges
     from iobmd.task.task import Task
 
@@ -59,7 +59,7 @@ class CopyOf:
         self.holes: list[tuple[int, int]] = []
         self._skip = skip
         self._timeout = timeout
-        self._progress = progress
+        self._progress = carrying(progress) if progress else None
         self._outline: Ranges | None = None
         self._unmapped: Ranges | tuple[()] = ()
 

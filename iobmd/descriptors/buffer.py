@@ -11,6 +11,7 @@ from operator import index
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex, TypeVar, cast, overload
 
 from iobmd._internal.arguments import check_flags, check_integers, integers
+from iobmd._internal.chunked import Carried, Progress, carrying
 from iobmd._native.mapping import Mapping, SmallBuffer
 from iobmd.backing.contents import CopyOf
 from iobmd.backing.lazy import LazyBacking, LazyCopyOf
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     import numpy.typing
     from typing_extensions import Buffer, CapsuleType
 
-    from iobmd._internal.chunked import Progress
     from iobmd.backing import Backing
     from iobmd.descriptors.options import Request
     from iobmd.descriptors.ownership import MemoryOwner
@@ -101,7 +101,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         if private:
             self._private = True
         if progress is not None:
-            self._progress = progress
+            self._progress = carrying(progress)
 
     # --- factories
 
@@ -294,8 +294,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
             self._contents.check()
         elif wanted.piece_alignment and self._node is None and self._acquire_piece(wanted):
             return True
-        with numa.on(self._node):
-            backing = allocation.allocate(wanted, self._contents)
+        try:
+            with numa.on(self._node):
+                backing = allocation.allocate(wanted, self._contents)
+        except Carried as carried:
+            raise carried.error from None
         self._open(backing, wanted.options, wanted.capacity, wanted.contiguous)
         if self._contents:
             self.source_stopped_ns, self._holes = self._contents.stopped_ns, self._contents.holes
@@ -336,7 +339,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
 
     def initWithGuardPages(self, inTask: AnyTask, options: int, capacity: int) -> bool:
         """Allocate the memory with guard pages, as `inTaskWithGuardPages`. Returns True."""
-        check_integers(capacity=capacity)
+        (capacity,) = integers(capacity=capacity)
         self._guarded = True
         return self.initWithPhysicalMask(inTask, options, round_up(capacity, PAGE_SIZE), PAGE_SIZE, 0)
 

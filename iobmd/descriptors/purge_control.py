@@ -286,9 +286,14 @@ class NonVolatile(Uncopyable):
 
 
 def _leave(blocks: list[_Block], *, failed: bool) -> None:
-    with contextlib.ExitStack() as all_of_them:  # also if another one fails
-        for block in blocks:
-            all_of_them.callback(block.leave, failed=failed)
+    # Not by an ExitStack: after an interrupt, it forms a cycle with the exception, and the destructors of the other
+    # blocks would wait for the garbage collector.
+    try:
+        while blocks:
+            blocks.pop().leave(failed=failed)
+    finally:
+        if blocks:  # also if another one fails
+            _leave(blocks, failed=failed)
 
 
 def change_when_free(owner: MemoryOwner, then: tuple[int, int]) -> None:

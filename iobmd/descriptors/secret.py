@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING
 
 from iobmd.backing.placement import ANYWHERE, Placement
@@ -60,9 +61,9 @@ class SecretBuffer(IOBufferMemoryDescriptor):
         if contents:
             contents.check()
         separate, concealed = not policy.keep_limit(), self._kind == CONCEALED
-        self._capacity = capacity
+        self._capacity = wanted.capacity
         self._slab_of_secret = slabs.allocate_secret(
-            self, capacity, alignment, contents, separate=separate, concealed=concealed
+            self, wanted.capacity, index(alignment), contents, separate=separate, concealed=concealed
         )
         if contents:
             self.source_stopped_ns, self._holes = contents.stopped_ns, contents.holes

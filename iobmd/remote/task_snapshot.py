@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd import procfs
-from iobmd._internal import log, pidns
+from iobmd._internal import chunked, log, pidns
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.errors import (
     BadArgumentError,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from iobmd._internal import chunked
     from iobmd._native.crosstask import Ranges
     from iobmd.remote.core_file import CoreProgress
     from iobmd.remote.core_summary import CoreSummary
@@ -351,7 +350,11 @@ class Snapshot(Task):
 
         self._require_open()
         fetch = functools.partial(self._copied_in, skip=True)
-        return core_file.write(self, fetch, self._child.registers, self._state, file, progress, filter)
+        report = chunked.carrying(progress) if progress else None
+        try:
+            return core_file.write(self, fetch, self._child.registers, self._state, file, report, filter)
+        except chunked.Carried as carried:
+            raise carried.error from None
 
     def close(self) -> None:
         """End the process that holds the snapshot; the task reaps it. Idempotent."""

@@ -53,6 +53,18 @@ def interleaved(buffer: IOMemoryDescriptor) -> IOMemoryDescriptor:
     return made
 
 
+def test_sizes() -> None:
+    for made in (
+        iobmd.allocate(Narrow(250), secret=True, alignment=Narrow(128)),
+        iobmd.IOBufferMemoryDescriptor.inTaskWithGuardPages(kernel_task, INOUT, Narrow(250)),
+        iobmd.allocate(Narrow(250), wired=False, purgeable=True),
+    ):
+        with made:
+            assert len(made) == made.getCapacity() >= 250
+            made.writeBytes(Narrow(0), b"#" * 250)
+            assert made.readBytes(Narrow(200), Narrow(50)) == b"#" * 50
+
+
 @pytest.mark.parametrize("make", [sub, interleaved])
 def test_parts(make: Callable[[IOMemoryDescriptor], IOMemoryDescriptor]) -> None:
     with iobmd.allocate(2 * PAGE) as buffer:

@@ -275,6 +275,21 @@ def test_progress_ends_with_the_size(
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("kind", [ValueError, PermissionError])
+def test_an_exception_of_progress_ends_a_copy(freeze: bool, kind: type[Exception], start_source: Start) -> None:
+    """It is raised as it is, although an OSError may be one of the kernel's."""
+    source = start_source(BIG, "only-anonymous")
+
+    def stop(_copied: int) -> None:
+        raise kind(1, "of the caller")
+
+    with pytest.raises(kind, match="of the caller"):
+        iobmd.copy(source.pid, source["anonymous"].address, BIG, freeze=freeze, wired=False, progress=stop)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("nothing_left")
 def test_interrupt_leaves_nothing(start_source: Start) -> None:
     source = start_source(BIG, "only-anonymous")
     before = len(list(Path("/proc/self/task").iterdir()))
