@@ -86,6 +86,7 @@ def changes(before: Snapshot | Task, after: Snapshot | Task, *, joined: bool = T
     IOReturnError
         `kIOReturnBadArgument`: the snapshots have different ranges or page sizes, or one is damaged; or they are not
         snapshots of the same task. `kIOReturnNotPrivileged`: frame numbers are hidden, and the snapshots are open.
+        `kIOReturnNotOpen`: one of the tasks' snapshots was closed.
     """
     if isinstance(before, Task) or isinstance(after, Task):
         found = _written(before, after)
@@ -107,6 +108,8 @@ def _written(before: object, after: object) -> Iterator[Change]:
     if not (isinstance(before, Task) and isinstance(after, Task) and task and task == getattr(after, "task", None)):
         message = f"{before!r} and {after!r} are not snapshots of the same task: create both by iobmd.snapshot"
         raise BadArgumentError(message)
+    for one in (before, after):
+        one._require_open()
     require_frames()
     return _changes_of_tasks(before, after)
 

@@ -149,13 +149,21 @@ class _MapsAccess:
             raise limits.from_oserror(error, f"cannot read the memory map of task {self._task.pid}") from None
 
 
+def _open_task(target: "AnyTask") -> Task:
+    """Return a task; raise `kIOReturnNotOpen` for a snapshot that was closed."""
+    task = as_task(target)
+    task._require_open()
+    return task
+
+
 def resolve(target: Target, address: int | None = None, size: int | None = None) -> Where:
     """Return the range that the arguments describe.
 
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a buffer that is mapped in no task).
+        `kIOReturnBadArgument`, `kIOReturnNotFound`, `kIOReturnUnsupported` (a buffer that is mapped in no task),
+        `kIOReturnNotOpen` (a snapshot that was closed).
     TypeError
         The target is of another type.
     """
@@ -165,11 +173,11 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
         if address is None or size is None:
             raise BadArgumentError("a range requires both an address and a size")
         check_range(address, size)
-        return Where(as_task(cast("AnyTask", target)), address, address + size)
+        return Where(_open_task(cast("AnyTask", target)), address, address + size)
     if isinstance(target, Mapped):
         return Where(*target._mapped_range(), target)
     if isinstance(target, (int, _Process)):
-        return Where(as_task(target), 0, ADDRESS_END)
+        return Where(_open_task(target), 0, ADDRESS_END)
     try:
         held = HeldBuffer(target, False)
     except TypeError:

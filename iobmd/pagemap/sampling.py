@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from iobmd import procfs
-from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError
+from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.pagemap.range import resolve
 from iobmd.units import format_time
 
@@ -176,7 +176,17 @@ class Heat(NamedTuple):
         return Sample(0, 0, 0, ((start, end, used) for (start, end), used in most.items() if used))
 
     def by_frequency(self) -> dict[int, int]:
-        """Return the resident bytes by the number of intervals in which they were used; requires `is_exact`."""
+        """Return the resident bytes by the number of intervals in which they were used.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnUnsupported`: not `is_exact`.
+        """
+        if not self.is_exact:
+            raise UnsupportedError(
+                f"the method {self.method.value} shows how many pages of an area were used, not which: use another"
+            )
         found: Counter[int] = Counter()
         counts = list(self.counted())
         ends = [end for _start, end, _count in counts]

@@ -123,6 +123,9 @@ class Task:
             return self._alive_without_pidfd()
         return not crosstask.has_exited(self._pidfd)
 
+    def _require_open(self) -> None:
+        """Do nothing: only a snapshot can be closed."""
+
     def _alive_without_pidfd(self) -> bool:
         try:
             fields = procfs.stat(self.pid)

@@ -164,6 +164,15 @@ def test_referenced_areas(target: Target, capsys: pytest.CaptureFixture[str]) ->
     assert (found["resolution_bytes"], found["used_is_lower_bound"], found["used_ranges"]) == (None, True, None)
 
 
+def test_frequencies_of_areas_are_unknown(target: Target) -> None:
+    """The method shows how many pages of an area were used, not which."""
+    heat = pagemap.heat(target.pid, 0.1, method="referenced", intervals=2)
+    assert not heat.is_exact
+    with pytest.raises(IOReturnError, match="referenced") as caught:
+        heat.by_frequency()
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
+
+
 @pytest.mark.needs("root")
 def test_damon(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     """The kernel's estimate is about right; the session of another program is refused, and continues."""

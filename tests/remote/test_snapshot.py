@@ -249,6 +249,23 @@ def test_copied_bytes_and_their_limit(source: Source) -> None:
     assert source.request("wait") == [0, errno.ECHILD]
 
 
+def test_the_inspector_and_a_closed_snapshot(source: Source, tmp_path: Path) -> None:
+    with iobmd.snapshot(source.pid) as still_open:
+        closed = iobmd.snapshot(source.pid)
+        closed.close()
+        for look in (
+            lambda: list(pagemap.changes(closed, still_open)),
+            lambda: list(pagemap.changes(still_open, closed)),
+            lambda: list(pagemap.spans(closed)),
+            lambda: pagemap.counts(closed, source.own, SIZE),
+            lambda: list(pagemap.areas(closed)),
+            lambda: pagemap.save(closed, tmp_path / "saved"),
+        ):
+            with pytest.raises(iobmd.NotOpenError, match="closed"):
+                look()
+        assert not list(tmp_path.iterdir())
+
+
 def test_memory_that_several_snapshots_share(source: Source) -> None:
     """It counts for each of them, and for their limits."""
     with iobmd.snapshot(source.pid) as first, iobmd.snapshot(source.pid) as second:

@@ -89,12 +89,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     way = chosen[0] if chosen else "table"
     arguments.segments = bool(arguments.max_segment or arguments.boundary)
     of_runs = arguments.runs or arguments.flags or arguments.segments
-    together = " and --".join(chosen)
+    excluded = [other for other in chosen[1:] if other not in _AS_JSON.get(way, ())]
+    excluded = [way, *excluded] if excluded else chosen[1:]
     for is_wrong, message in (
-        (
-            chosen[1:] and not (len(chosen) == 2 and chosen[1] in _AS_JSON.get(way, ())),
-            f"--{together} cannot be combined",
-        ),
+        (len(excluded) > 1, f"--{' and --'.join(excluded[:2])} cannot be combined"),
         (arguments.pid is None and way not in _WITHOUT_PID, "missing process: give a PID, self, or --processes"),
         (arguments.pid is not None and way == "processes", "--processes reads all processes: omit the PID"),
         (

@@ -48,7 +48,8 @@ class Row(NamedTuple):
     def share(self, heat: Heat, ever: Sample) -> str:
         """Return the share that was used in any interval, as text."""
         used = self.peak([ever])
-        return f"{'>' if not heat.is_exact and used else ''}{_percent(used, self.resident)} %"
+        may_be_more = not heat.is_exact and 0 < used < self.resident
+        return f"{'>' if may_be_more else ''}{_percent(used, self.resident)} %"
 
 
 def draw(heat: Heat, width: int, rows: int) -> None:

@@ -22,7 +22,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         type=_window,
         const=0,
         metavar="SIZE",
-        help="physical memory by kind, and the obstacles to contiguous memory of this size",
+        help="physical memory by kind, and the obstacles to contiguous memory of this size, rounded up to 2^n",
     )
     group.add_argument("--file", nargs="+", metavar="PATH", help="the part of files or directories in the page cache")
 

@@ -128,7 +128,7 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l flags -d 'kpageflags, map c
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l frame -x -d 'all processes that map these page frames; with a PID and --runs or --flags, its runs in these frames'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l physical -x -d 'the same, by physical addresses'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l smaps -l no-smaps -d 'locked and lazily freed memory, from smaps; the default unless it would block the process'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l host -x -d 'physical memory by kind, and the obstacles to contiguous memory of this size'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l host -x -d 'physical memory by kind, and the obstacles to contiguous memory of this size, rounded up to 2^n'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l file -x -d 'the part of files or directories in the page cache'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l json -d 'one JSON document'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l csv -d 'comma-separated values: a line for each area'
