@@ -138,6 +138,8 @@ class Handle:
         try:
             if not header:
                 raise NotOpenError("the other end of the socket is closed")
+            if not _MARK.startswith(header[: len(_MARK)]):  # a shorter message, whose rest never comes
+                raise _not_ours("it was not sent by iobmd")
             at_first = len(fds)  # another process may have sent further bytes, and the descriptors with them
             header += _exactly(socket, _HEADER.size - len(header), fds)
             mark, length = _HEADER.unpack(header)

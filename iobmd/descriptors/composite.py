@@ -100,7 +100,7 @@ class IOMultiMemoryDescriptor(Derived):
         self,
         descriptors: Iterable[IOMemoryDescriptor],
         withDirection: int,
-        asReference: bool = False,  # noqa: ARG002 (IOKit's: whether it may keep the caller's array)
+        asReference: bool = False,
     ) -> bool:
         """Describe the memory of `descriptors`, with their present lengths. Returns True.
 
@@ -113,7 +113,7 @@ class IOMultiMemoryDescriptor(Derived):
         withDirection : int
             The direction of transfers, and options of existing memory.
         asReference : bool
-            Ignored; accepted for ports.
+            Without effect: IOKit's, whether it may keep the caller's array.
 
         Raises
         ------
@@ -121,6 +121,9 @@ class IOMultiMemoryDescriptor(Derived):
             `kIOReturnBadArgument` for options that apply only to newly allocated memory. `kIOReturnBusy`: the
             previous memory is prepared or mapped.
         """
+        if asReference not in (False, True):
+            message = f"asReference must be a bool, not {asReference!r}; the number of descriptors is not an argument"
+            raise TypeError(message)
         found = list(descriptors)
         for descriptor in found:
             check_descriptor(descriptors=descriptor)

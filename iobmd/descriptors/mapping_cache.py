@@ -70,6 +70,8 @@ class MapRequest:
         self.first = offset - in_page
         self.size = round_up(in_page + length, PAGE_SIZE)
         self.at = 0 if self.anywhere else at_address - in_page
+        if not self.anywhere and not at_address:
+            raise BadArgumentError("nothing can be mapped at address 0; use kIOMapAnywhere")
         if not self.anywhere and (self.at <= 0 or self.at % PAGE_SIZE or self.at + self.size > 1 << 63):
             raise BadArgumentError(
                 f"offset {offset:#x} and address {at_address:#x} differ in their page offset; use kIOMapAnywhere"

@@ -521,6 +521,14 @@ def refuse(_mapping: RemoteMapping) -> None:
     raise BusyError("traced by another process")
 
 
+def test_the_number_of_descriptors_is_not_an_argument() -> None:
+    """In IOKit it precedes the direction: it would be taken for the direction, and that for `asReference`."""
+    with filled(1) as first, filled(1) as second:
+        with pytest.raises(TypeError, match="asReference"):
+            multi([first, second], 2, INOUT)
+        multi([first, second], INOUT, True).free()
+
+
 def test_only_the_whole_completes_what_it_has_prepared() -> None:
     pinned = kernel.status("VmPin")
     with filled(1) as first, filled(1) as second:

@@ -72,6 +72,17 @@ def test_by_multiprocessing(method: str) -> None:
         process.close()
 
 
+@pytest.mark.parametrize("data", [b"hello", b"{}"], ids=repr)
+def test_a_short_message_of_another_program(data: bytes) -> None:
+    """It is refused at once: the rest, for which a blocking socket would wait, never comes."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with near, far:
+        far.settimeout(30)
+        near.sendall(data)
+        with pytest.raises(iobmd.BadArgumentError, match="not sent by iobmd"):
+            iobmd.attach(far)
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_memory_outlives_who_made_it() -> None:
     buffer = iobmd.allocate(8192, shared=True, wired=False)
