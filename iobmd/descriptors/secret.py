@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import index
 from typing import TYPE_CHECKING
 
+from iobmd._internal.chunked import Carried
 from iobmd.backing.placement import ANYWHERE, Placement
 from iobmd.descriptors import slabs
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
@@ -62,9 +63,12 @@ class SecretBuffer(IOBufferMemoryDescriptor):
             contents.check()
         separate, concealed = not policy.keep_limit(), self._kind == CONCEALED
         self._capacity = wanted.capacity
-        self._slab_of_secret = slabs.allocate_secret(
-            self, wanted.capacity, index(alignment), contents, separate=separate, concealed=concealed
-        )
+        try:
+            self._slab_of_secret = slabs.allocate_secret(
+                self, wanted.capacity, index(alignment), contents, separate=separate, concealed=concealed
+            )
+        except Carried as carried:
+            raise carried.error from None
         if contents:
             self.source_stopped_ns, self._holes = contents.stopped_ns, contents.holes
         self._options, self._state = wanted.options, "open"

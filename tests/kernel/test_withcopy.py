@@ -275,17 +275,23 @@ def test_progress_ends_with_the_size(
 
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    "keywords", [{"wired": False}, {"wired": False, "freeze": True}, {"secret": True}, {"shared": True}], ids=str
+)
 @pytest.mark.parametrize("kind", [ValueError, PermissionError])
-def test_an_exception_of_progress_ends_a_copy(freeze: bool, kind: type[Exception], start_source: Start) -> None:
+def test_an_exception_of_progress_ends_a_copy(
+    keywords: dict[str, bool], kind: type[Exception], start_source: Start
+) -> None:
     """It is raised as it is, although an OSError may be one of the kernel's."""
     source = start_source(BIG, "only-anonymous")
+
+    size = 100 if "secret" in keywords else BIG
 
     def stop(_copied: int) -> None:
         raise kind(1, "of the caller")
 
     with pytest.raises(kind, match="of the caller"):
-        iobmd.copy(source.pid, source["anonymous"].address, BIG, freeze=freeze, wired=False, progress=stop)
+        iobmd.copy(source.pid, source["anonymous"].address, size, progress=stop, **keywords)
 
 
 @needs_compiler
