@@ -29,7 +29,7 @@ from iobmd.host import cgroup
 SIZE = 8 << 20
 PROGRAM = """
 import ctypes, mmap, os, sys
-ctypes.CDLL(None).prctl(15, b"iobmd-row", 0, 0, 0)
+ctypes.CDLL(None).prctl(15, sys.argv[2].encode(), 0, 0, 0)
 file = os.open(sys.argv[1], os.O_RDWR)
 shared, private = mmap.mmap(file, 8 << 20), mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for memory in (shared, private):
@@ -37,7 +37,7 @@ for memory in (shared, private):
 print("ready", flush=True)
 sys.stdin.read()
 """
-NAME = "iobmd-row"
+NAME = f"row{os.getpid():07}"  # of no other run of the suite
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def pool() -> Iterator[int]:
 def pair(pool: int) -> Iterator[list[int]]:
     """Two processes named `NAME` that map the memory file, and 4 MiB each."""
     with contextlib.ExitStack() as running:
-        command = [sys.executable, "-c", PROGRAM, f"/dev/fd/{pool}"]
+        command = [sys.executable, "-c", PROGRAM, f"/dev/fd/{pool}", NAME]
         pids = []
         for _ in range(2):
             process = running.enter_context(
