@@ -34,6 +34,7 @@ def test_copies_of_a_task_are_the_task() -> None:
     assert task.alive
 
 
+@pytest.mark.needs("frames")
 @pytest.mark.usefixtures("nothing_left")
 @MAKE
 def test_a_command_has_one_transfer(make: Callable[[object], object]) -> None:
