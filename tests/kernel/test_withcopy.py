@@ -276,7 +276,9 @@ def test_progress_ends_with_the_size(
 @needs_compiler
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
-    "keywords", [{"wired": False}, {"wired": False, "freeze": True}, {"secret": True}, {"shared": True}], ids=str
+    "keywords",
+    [{"wired": False}, {"wired": False, "freeze": True}, {"secret": True}, {"wired": False, "shared": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", [ValueError, PermissionError])
 def test_an_exception_of_progress_ends_a_copy(
