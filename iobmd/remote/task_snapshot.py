@@ -190,7 +190,8 @@ class Snapshot(Task):
 
         Notes
         -----
-        The kernel is asked for each page (pagemap): this takes 2 to 10 ms for 1 GiB of small pages.
+        The kernel is asked for each page (pagemap): this takes 2 to 10 ms for 1 GiB of small pages, and twice as long
+        if several snapshots of the task are open, because the pages of the task are then compared.
         """
         from iobmd.pagemap import area  # noqa: PLC0415 (half of the time of the rest of `import iobmd`)
 
