@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from iobmd._internal import process_local, with_block
@@ -221,9 +220,9 @@ class IOMemoryMap(Exporter):
             pass
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
-        mapping, first = self._register(offset, width)
+        mapping, position = self._register(offset, width)
         try:
-            return mapping.load(first + index(offset), width)
+            return mapping.load(position, width)
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
 
@@ -243,14 +242,14 @@ class IOMemoryMap(Exporter):
             pass
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
-        mapping, first = self._register(offset, width)
+        mapping, position = self._register(offset, width)
         try:
-            mapping.store(first + index(offset), width, value)
+            mapping.store(position, width, value)
         except FaultError as error:
             raise diagnosis.unreachable(error) from None
 
     def _register(self, offset: int, width: int) -> tuple[Mapping, int]:
-        """Return the mapping, and the position of this map in it, for an access to a register."""
+        """Return the mapping, and the position of a register in it."""
         (offset,) = integers(offset=offset)
         if not 0 <= offset <= self._length - width:
             message = f"{width} bytes at offset {offset:#x} are not within the {self._length} bytes of the map"
@@ -262,7 +261,7 @@ class IOMemoryMap(Exporter):
                 f"offset {offset:#x} is not aligned to {width} bytes: an access of that width would be split"
             )
         self._window = mapping, first
-        return mapping, first
+        return mapping, first + offset
 
     def redirect(self, newBackingMemory: IOMemoryDescriptor, options: int = 0, offset: int = 0) -> IOReturn:
         """Replace the memory at the map's addresses, atomically and for all maps that share the addresses.

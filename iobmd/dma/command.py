@@ -519,7 +519,8 @@ class IODMACommand(Uncopyable):
     def _range(self, memory: IOMemoryDescriptor, offset: int, length: int) -> tuple[int, int]:
         offset, length = integers(offset=offset, length=length)
         whole = memory.getLength()
-        offset, length = check_within(offset, length or whole - offset, whole, "the memory")
+        length = length or whole - offset
+        check_within(offset, length, whole, "the memory")
         if 0 < self._limits.max_transfer < length:
             message = f"{length} bytes exceed the device's maximum transfer of {self._limits.max_transfer} bytes"
             raise IOReturnError(IOReturn.kIOReturnNoSpace, message)
