@@ -727,7 +727,9 @@ class IOMemoryDescriptor(Handle):
         inside the block. If that raises an exception, the memory remains Empty. Several threads may be inside at the
         same time, also by descriptors of parts and concatenations of the memory; the last to leave makes the memory
         volatile. Until one that received False has left without an exception, all receive False; use a separate lock
-        to decide which of them refills it. Other processes may nevertheless change the state of shared memory.
+        to decide which of them refills it. All of this applies to the processes that share the memory too: while
+        one is inside, the others cannot make the memory volatile or empty (`kIOReturnBusy`). The block of a
+        process that is killed ends; if it was to fill the memory again, the memory is Empty.
 
         Raises
         ------

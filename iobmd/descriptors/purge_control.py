@@ -13,7 +13,19 @@ from iobmd._native.mapping import ClosedError
 from iobmd.descriptors import mapping_cache
 from iobmd.errors import BusyError, IOReturnError, NotOpenError, UnsupportedError
 from iobmd.host import limits
-from iobmd.purgeable import EMPTY, FAULT_ON_ACCESS, KEEP_CURRENT, NON_VOLATILE, OBSOLETE, VOLATILE, purger
+from iobmd.purgeable import (
+    EMPTY,
+    FAULT_ON_ACCESS,
+    KEEP_CURRENT,
+    NON_VOLATILE,
+    OBSOLETE,
+    VOLATILE,
+    Block,
+    Blocks,
+    LocalBlocks,
+    purger,
+)
+from iobmd.purgeable.shared import KeptError, SharedState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +38,7 @@ _T = TypeVar("_T")
 
 
 class PurgeControl:
-    """The purgeable state of an owner's memory, and the number of threads that keep it non-volatile.
+    """The purgeable state of an owner's memory, and the blocks that keep it non-volatile.
 
     Created with purgeable memory; for composite memory when its state is first used.
 
@@ -42,14 +54,11 @@ class PurgeControl:
 
     __slots__ = (
         "__weakref__",
+        "_blocks",
         "_denied",
-        "_keepers",
         "_modifiers",
         "_owner",
         "_size",
-        "_spoilt",
-        "_unfilled",
-        "_volatile_again",
         "memory",
     )
 
@@ -59,12 +68,7 @@ class PurgeControl:
         self._size = size
         self._modifiers: int | None = None  # the modifiers of the last volatile state; None: it was never volatile
         self._denied: Mapping | None = None  # the mapping, while every access to it faults
-        self._keepers = 0  # number of threads inside `nonvolatile`
-        self._volatile_again: int | None = (
-            None  # the modifiers with which the last of them makes it volatile; None: it remains non-volatile
-        )
-        self._unfilled = False  # it was reclaimed, and has not been refilled
-        self._spoilt = False  # refilling it failed
+        self._blocks: Blocks = memory if isinstance(memory, SharedState) else LocalBlocks(memory)
 
     def change(self, state: int, modifiers: int) -> int:
         """Set the state; return the previous one. Raises as `Purgeable`."""
@@ -148,34 +152,20 @@ class PurgeControl:
                 self._deny(mapping)
             raise
 
-    def enter(self, inside: _Block) -> None:
+    def enter(self, block: Block) -> None:
         """Make it non-volatile for a `with` block, and set whether the contents are intact."""
-        order = self.memory.order()
         with self._permitted():
-            old = self.memory.make_nonvolatile()
-        if old == VOLATILE:
-            self._volatile_again = order.modifiers if order else self._modifiers or 0
-        elif old == EMPTY:
-            self._unfilled = True
-            if order or self._modifiers is not None:
-                self._volatile_again = order.modifiers if order else (self._modifiers or 0) & ~OBSOLETE
-        inside.intact = not self._unfilled
-        self._keepers += 1
+            self._blocks.enter(block, None if self._modifiers is None else self._modifiers & ~OBSOLETE)
 
-    def leave(self, inside: _Block, *, failed: bool) -> tuple[int, int] | None:
+    def leave(self, block: Block, *, failed: bool) -> tuple[int, int] | None:
         """End a `with` block; return the state and the modifiers to set now, None if the state is unchanged."""
-        if inside.intact is False:
-            self._unfilled = failed
-            self._spoilt |= failed
-        inside.intact = None
-        self._keepers -= 1
-        if self._keepers:
+        then = self._blocks.leave(block, failed=failed)
+        if then is None:
             return None
-        modifiers, self._volatile_again = self._volatile_again, None
-        spoilt, self._spoilt, self._unfilled = self._spoilt, False, False
-        if spoilt:
-            return EMPTY, 0
-        return None if modifiers is None else (VOLATILE, modifiers)
+        state, modifiers = then
+        if not (self._modifiers or 0) & FAULT_ON_ACCESS:  # another process has set it, for its own mapping
+            modifiers &= ~FAULT_ON_ACCESS
+        return state, modifiers
 
     # --- for the purger
 
@@ -237,10 +227,15 @@ class _Block:
     def leave(self, *, failed: bool) -> None:
         """Make it volatile again, or Empty if it was to be filled again and this `failed`."""
         with self._owner.guard:
-            control = self._owner.purge_control
-            then = control.leave(self, failed=failed) if control else None
-            if then and not self._owner.released:
-                self._owner.change_purgeable(*then)
+            if then := self._end(failed=failed):
+                with contextlib.suppress(KeptError):  # the other process does the same at the end of its block
+                    self._owner.change_purgeable(*then)
+
+    def _end(self, *, failed: bool) -> tuple[int, int] | None:
+        control = self._owner.purge_control
+        if self.intact is None or control is None or self._owner.released:
+            return None
+        return control.leave(self, failed=failed)
 
     def __del__(self) -> None:
         # An interrupt occurred at the start or the end of the `with` block.
@@ -249,8 +244,7 @@ class _Block:
 
     def _leave_collected(self) -> None:
         """End the block for the destructor, which must not wait, with the guard held."""
-        control = self._owner.purge_control
-        if control and (then := control.leave(self, failed=True)):
+        if then := self._end(failed=True):
             _change(self._owner, then)  # its memory may be garbage of the same cycle, and already freed
 
 
@@ -272,9 +266,8 @@ class NonVolatile(Uncopyable):
         intact = True
         try:
             for origin in dict.fromkeys(self._owner.origins()):
-                block = _Block(origin)
-                intact &= block.enter()
-                entered.append(block)
+                entered.append(_Block(origin))
+                intact &= entered[-1].enter()
         except BaseException:
             _leave(entered, failed=True)
             raise

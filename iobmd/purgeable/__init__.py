@@ -104,6 +104,81 @@ class Purgeable(Protocol):
         """Return how many bytes the kernel may reclaim at any time; they still count as resident."""
 
 
+class Kept(NamedTuple):
+    """The end of the `nonvolatile` blocks of memory: what the last of them does."""
+
+    volatile_again: int | None = None
+    """The modifiers with which it makes the memory volatile; None: it remains non-volatile."""
+    unfilled: bool = False
+    """Whether the memory was reclaimed, and has not been filled again."""
+    spoilt: bool = False
+    """Whether filling it again failed."""
+
+    def entered(self, old: int, modifiers: int | None) -> Kept:
+        """Return it after a block that found the state `old`, and the modifiers of the last volatile state."""
+        if old == NON_VOLATILE:
+            return self
+        unfilled = old == EMPTY
+        if modifiers is None:
+            modifiers = self.volatile_again if unfilled else 0
+        return self._replace(volatile_again=modifiers, unfilled=self.unfilled or unfilled)
+
+    def left(self, *, intact: bool, failed: bool) -> Kept:
+        """Return it after a block that received `intact`."""
+        return self if intact else self._replace(unfilled=failed, spoilt=self.spoilt or failed)
+
+    @property
+    def then(self) -> tuple[int, int] | None:
+        """The state and the modifiers after the last block; None: unchanged."""
+        if self.spoilt or self.unfilled:  # unfilled: the process that filled it was killed
+            return EMPTY, 0
+        return None if self.volatile_again is None else (VOLATILE, self.volatile_again)
+
+
+class Block(Protocol):
+    """The use of memory by one `nonvolatile` block."""
+
+    intact: bool | None
+    """Whether the contents were intact; None: it is not inside."""
+
+
+class Blocks(Protocol):
+    """The `nonvolatile` blocks of memory."""
+
+    def enter(self, block: Block, modifiers: int | None) -> None:
+        """Make the memory non-volatile and set `block.intact`; `modifiers`: if not known otherwise, as in `Kept`."""
+
+    def leave(self, block: Block, *, failed: bool) -> tuple[int, int] | None:
+        """End a block; return the state and the modifiers to set now, None if the state is unchanged."""
+
+
+class LocalBlocks:
+    """The `nonvolatile` blocks of memory that only this process can change."""
+
+    def __init__(self, memory: Purgeable) -> None:
+        self._memory = memory
+        self._entered = 0
+        self._kept = Kept()
+
+    def enter(self, block: Block, modifiers: int | None) -> None:
+        """As `Blocks.enter`."""
+        order = self._memory.order()
+        old = self._memory.make_nonvolatile()
+        self._kept = self._kept.entered(old, order.modifiers if order else modifiers)
+        block.intact = not self._kept.unfilled
+        self._entered += 1
+
+    def leave(self, block: Block, *, failed: bool) -> tuple[int, int] | None:
+        """As `Blocks.leave`."""
+        intact, block.intact = block.intact, None
+        self._entered -= 1
+        self._kept = self._kept.left(intact=intact is not False, failed=failed)
+        if self._entered:
+            return None
+        kept, self._kept = self._kept, Kept()
+        return kept.then
+
+
 def wanted_non_volatile() -> NotReadyError:
     """Return the error for preparing volatile memory."""
     return NotReadyError("the memory is volatile: call setPurgeable(kIOMemoryPurgeableNonVolatile) before prepare()")

@@ -1,9 +1,10 @@
 """Purgeable shared memory, whose state is common to all processes that map it.
 
 The state is a word after the last page of the shared object: the `IOPurgeable` word with which it was set, a mark
-during a purge, and the time at which it became volatile. It is read and written under a record lock (fcntl(2)) on the
-word, which the kernel releases if its holder dies: the next process finds the mark and completes the purge. A second
-record lock, held shared while the memory is prepared, informs the other users in the same way.
+during a purge, and the time at which it became volatile. Inside `nonvolatile` blocks it also contains what the last
+of them does at its end. It is read and written under a record lock (fcntl(2)) on the word, which the kernel releases
+if its holder dies: the next process finds the mark and completes the purge, or ends the block. Two more record locks,
+held shared while the memory is prepared and inside a block, inform the other users in the same way.
 
 The locks belong to the open file description (F_OFD_SETLK, Linux 3.15). Every user has its own, including two users
 in one process, and a forked child.
@@ -23,7 +24,18 @@ from iobmd._native import mman
 from iobmd.constants import IOReturn
 from iobmd.errors import BusyError, IOReturnError, VMError
 from iobmd.memory import shmem
-from iobmd.purgeable import EMPTY, MODIFIERS, NON_VOLATILE, VOLATILE, Order, now, wanted_non_volatile
+from iobmd.purgeable import (
+    EMPTY,
+    MODIFIERS,
+    NON_VOLATILE,
+    OBSOLETE,
+    VOLATILE,
+    Block,
+    Kept,
+    Order,
+    now,
+    wanted_non_volatile,
+)
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -38,9 +50,14 @@ _WORD = struct.Struct("=Q")
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock (fcntl(2)): type, whence, start, length, pid
 _STATE = 0xF
 _PURGING = 0x10
-_TIME_SHIFT = 16
+_TIME_SHIFT = 16  # of volatile memory; the marks of `Kept` are in its place in the other states
+_AGAIN, _UNFILLED, _SPOILT = 1 << 16, 1 << 17, 1 << 18
 _BLOCK = 512  # unit of st_blocks (stat(2))
 _PATIENCE = 5.0  # seconds to wait for another process, which needs at most milliseconds
+
+
+class KeptError(BusyError):
+    """Another process, or another descriptor, is inside a `nonvolatile` block of the memory."""
 
 
 class SharedState:
@@ -54,6 +71,9 @@ class SharedState:
     def __init__(self, shared: SharedObject) -> None:
         self._object = shared
         self._size = shared.size
+        self._held = False  # whether this user has it prepared
+        self._keeps = False  # whether it holds the lock of those inside a block
+        self._entered = 0  # the number of its blocks
         _open.add(self)
         if not self._stored():
             self._set(NON_VOLATILE)
@@ -66,13 +86,14 @@ class SharedState:
     def make_nonvolatile(self) -> int:
         """Make it non-volatile."""
         with self._exclusively() as word:
-            self._set(NON_VOLATILE)
+            if word & _STATE != NON_VOLATILE:  # otherwise the marks of blocks remain
+                self._set(NON_VOLATILE)
             return word & _STATE
 
     def make_volatile(self, modifiers: int) -> int:
-        """Make it volatile, unless another process has it prepared."""
+        """Make it volatile, unless another user has it prepared or is inside a block."""
         with self._exclusively() as word:
-            self._require_unprepared()
+            self._require_unused()
             if word & _STATE != EMPTY or self._allocated():
                 same = word & (_STATE | MODIFIERS) == VOLATILE | modifiers  # then it keeps its position in the order
                 self._set(word if same else VOLATILE | modifiers | now() << _TIME_SHIFT)
@@ -81,8 +102,8 @@ class SharedState:
     def empty(self) -> int:
         """Discard the contents."""
         with self._exclusively() as word:
-            self._require_unprepared()
-            self._drop()
+            self._require_unused()
+            self._drop(word)
             return word & _STATE
 
     def order(self) -> Order | None:
@@ -98,7 +119,7 @@ class SharedState:
             if word & _STATE != VOLATILE:
                 return 0
             before = self._allocated()
-            self._drop()
+            self._drop(word)
             return max(0, before - self._allocated())
 
     def before_write(self, offset: int, length: int) -> None:
@@ -109,11 +130,49 @@ class SharedState:
         with self._exclusively() as word:
             if word & _STATE == VOLATILE:
                 raise wanted_non_volatile()
+            self._held = True
             self._set_lock(fcntl.F_RDLCK, self._preparing)
 
     def release(self) -> None:
         """Undo `hold`, for this user."""
         self._set_lock(fcntl.F_UNLCK, self._preparing)
+        self._held = False
+
+    def enter(self, block: Block, modifiers: int | None) -> None:
+        """As `Blocks.enter`, for the blocks of all processes."""
+        with self._exclusively() as word:
+            block.intact = True  # so that the destructor ends the block if a signal handler raises an exception
+            self._entered += 1
+            self._keeps = True
+            self._set_lock(fcntl.F_RDLCK, self._keeping)
+            known = word & MODIFIERS if word & _STATE == VOLATILE or word & _AGAIN else modifiers
+            kept = _marks(word).entered(word & _STATE, known)
+            self._set_marks(kept)
+            block.intact = not kept.unfilled
+
+    def leave(self, block: Block, *, failed: bool) -> tuple[int, int] | None:
+        """As `Blocks.leave`; None too while another user is inside a block, whose end does the rest."""
+        unlock = self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, self._keeping)
+        intact, block.intact = block.intact, None
+        self._entered -= 1
+        try:
+            with self._exclusively() as word:
+                if word & _STATE != NON_VOLATILE:  # set inside the block
+                    return None
+                kept = _marks(word).left(intact=intact is not False, failed=failed)
+                self._set_marks(kept)
+                if not self._entered:  # unlocked before the next user looks for others
+                    self._keeps = False
+                    fcntl.fcntl(*unlock)
+                if self._kept():
+                    return None
+                if self._prepared():  # then the caller is refused
+                    self._set(NON_VOLATILE)
+                return kept.then
+        finally:
+            if not self._entered:
+                self._keeps = False
+                fcntl.fcntl(*unlock)  # a single call, as in _exclusively
 
     def lazily_freed(self) -> int:
         """Return 0: the kernel does not reclaim shared memory."""
@@ -123,14 +182,20 @@ class SharedState:
     def _preparing(self) -> int:
         return self._size + _WORD.size
 
+    @property
+    def _keeping(self) -> int:
+        return self._preparing + 1
+
     @contextlib.contextmanager
     def _exclusively(self, *, wait: bool = True) -> Iterator[int]:
-        """Exclude all other users, complete a purge whose process died, and yield the word."""
+        """Exclude all other users, complete what a process that died has begun, and yield the word."""
         unlock = self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, self._size)
         try:  # includes the lock: it is released after any interrupt, which is harmless if it is not held
             self._lock(_PATIENCE if wait else 0)
-            if self._word() & _PURGING:
-                self._drop()
+            if (word := self._word()) & _PURGING:
+                self._drop(word)
+            elif (then := _marks(word).then) and not self._kept() and not self._prepared():
+                self._end(word, *then)
             yield self._word()
         except OSError as error:
             if isinstance(error, IOReturnError):
@@ -166,18 +231,39 @@ class SharedState:
     def _set_lock(self, kind: int, place: int) -> None:
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(kind, place))
 
-    def _require_unprepared(self) -> None:
-        """Raise `kIOReturnBusy` while another process has it prepared."""
-        # Only queried, not locked, because an interrupt would leave it locked.
-        conflict, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, self._preparing)))
-        if conflict != fcntl.F_UNLCK:
+    def _require_unused(self) -> None:
+        """Raise `kIOReturnBusy` while another user has it prepared or is inside a block."""
+        if self._locked_by_others(self._preparing):
             message = "the memory is prepared in another process: it remains wired until that calls complete()"
             raise BusyError(message)
+        if self._locked_by_others(self._keeping):
+            message = "another process, or another descriptor of this memory, is inside a nonvolatile() block"
+            raise KeptError(message)
 
-    def _drop(self) -> None:
-        self._set(EMPTY | _PURGING)
+    def _prepared(self) -> bool:
+        return self._held or self._locked_by_others(self._preparing)
+
+    def _kept(self) -> bool:
+        return self._keeps or self._locked_by_others(self._keeping)
+
+    def _locked_by_others(self, place: int) -> bool:
+        # Only queried, not locked, because an interrupt would leave it locked.
+        conflict, *_ = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, place)))
+        return bool(conflict != fcntl.F_UNLCK)
+
+    def _end(self, word: int, state: int, modifiers: int) -> None:
+        """End the blocks of a process that died."""
+        if state == EMPTY:
+            self._drop(word)
+        else:
+            self._set(VOLATILE | modifiers | now() << _TIME_SHIFT)
+
+    def _drop(self, word: int) -> None:
+        again = word & _STATE == VOLATILE or word & _AGAIN
+        empty = EMPTY | (_AGAIN | word & MODIFIERS & ~OBSOLETE if again else 0)
+        self._set(empty | _PURGING)
         mman.punch(self._fd, 0, self._size)
-        self._set(EMPTY)
+        self._set(empty)
 
     def _allocated(self) -> int:
         """Return how many bytes of memory and swap the object has, without the word's page."""
@@ -191,6 +277,9 @@ class SharedState:
             fd = shmem.reopen(self._fd)
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
+            self._held = False
+            if self._keeps:  # the child is inside the same blocks
+                self._set_lock(fcntl.F_RDLCK, self._keeping)
 
     @property
     def _fd(self) -> int:
@@ -213,8 +302,20 @@ class SharedState:
             raise VMError(message)
         return int(_WORD.unpack(stored)[0])
 
+    def _set_marks(self, kept: Kept) -> None:
+        again = 0 if kept.volatile_again is None else _AGAIN | kept.volatile_again
+        self._set(NON_VOLATILE | again | _UNFILLED * kept.unfilled | _SPOILT * kept.spoilt)
+
     def _set(self, word: int) -> None:
         os.pwrite(self._fd, _WORD.pack(word), self._size)
+
+
+def _marks(word: int) -> Kept:
+    """Return what the last block does; for memory that is not non-volatile, as if there were none."""
+    if word & _STATE != NON_VOLATILE:
+        return Kept()
+    again = word & MODIFIERS if word & _AGAIN else None
+    return Kept(again, unfilled=bool(word & _UNFILLED), spoilt=bool(word & _SPOILT))
 
 
 def _flock(kind: int, place: int) -> bytes:

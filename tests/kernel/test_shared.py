@@ -334,7 +334,7 @@ def test_interrupts_leave_no_record_lock() -> None:
             assert os.read(answers, 1)
             if turn >= 150 and hit > 50:
                 break
-        assert buffer._memory().purge_control._keepers == 0
+        assert buffer._memory().purge_control.memory._entered == 0
         other.free()
         return hit
 
