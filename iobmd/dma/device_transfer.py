@@ -9,6 +9,7 @@ import itertools
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._native.mapping import BEST_FLUSH
 from iobmd._native.pagemap import PhysicalSegment, bounds, joined
 from iobmd.constants import (
     IOOptionBits,
@@ -17,6 +18,7 @@ from iobmd.constants import (
     kIODirectionOut,
 )
 from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
+from iobmd.descriptors.options import require_cache_instruction
 from iobmd.errors import IOReturnError, NoResourcesError, NotReadyError, UnsupportedError
 from iobmd.iommu import device_pages
 from iobmd.pagemap import segment
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from iobmd.backing import Backing
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
     from iobmd.descriptors.ownership import MemoryOwner
     from iobmd.dma.specification import Specification
@@ -248,14 +251,14 @@ class DeviceTransfer:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes as the device sees them."""
-        return b"".join(source.read(place, size) for source, place, size in self._parts(offset, length))
+        return b"".join(_bytes(source).read(place, size) for source, place, size in self._parts(offset, length))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Store bytes as the device would."""
         done = 0
         with memoryview(data) as view, view.cast("B") as source:
             for target, place, size in self._parts(offset, len(source)):
-                target.write(place, source[done : done + size])
+                _bytes(target).write(place, source[done : done + size])
                 done += size
 
     def begin(self, *, flush: bool, synchronize: bool) -> None:
@@ -298,18 +301,18 @@ class DeviceTransfer:
         with memoryview(self.bounce) as view:
             for source, place, size in before._parts(0, self.length):
                 with view[done : done + size] as part:
-                    source.read_into(place, part)
+                    _bytes(source).read_into(place, part)
                 done += size
 
     def copy_out(self) -> None:
         """Copy the memory's bytes to the bounce buffer, regardless of its direction."""
         for offset, part in self._bounced():
-            self.memory.read_into(offset, part)
+            _bytes(self.memory).read_into(offset, part)
 
     def copy_in(self) -> None:
         """Copy the bounce buffer's bytes to the memory, regardless of its direction."""
         for offset, part in self._bounced():
-            self.memory.write(offset, part)
+            _bytes(self.memory).write(offset, part)
 
     def _bounced(self) -> Iterator[tuple[int, memoryview]]:
         """Yield the bytes in the bounce buffer, with their offsets in the memory."""
@@ -326,8 +329,9 @@ class DeviceTransfer:
         return not self._direction or bool(self._direction & direction)
 
     def _write_back(self, *, drop: bool) -> None:
+        require_cache_instruction(BEST_FLUSH)
         for source, place, length in self._parts(0, self.length):
-            source.write_back(place, length, drop=drop)
+            _bytes(source).write_back(place, length, drop=drop)
 
     def release(self) -> None:
         """Free the bounce buffer and release the memory; to be called once."""
@@ -381,3 +385,8 @@ def _add(found: list[BounceRange], piece: BounceRange) -> None:
         found[-1] = last._replace(length=last.length + piece.length)
     else:
         found.append(piece)
+
+
+def _bytes(memory: MemoryOwner) -> Backing:
+    """Return the prepared memory: its length may have been reduced in the meantime (`setLength`)."""
+    return memory.require_backing()

@@ -24,7 +24,7 @@ from iobmd import (
     kIOMemoryIncoherentIOFlush,
     kIOMemoryIncoherentIOStore,
 )
-from iobmd.descriptors.ownership import MemoryOwner
+from iobmd.backing.mapped import MappedBacking
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
@@ -203,11 +203,11 @@ def test_a_device_that_does_not_see_the_caches(options: int, monkeypatch: pytest
         assert memory.operations == [(kIOMemoryIncoherentIOStore, *piece) for piece in pieces]
         done: list[tuple[int, int]] = []
 
-        def flush(_bounce: MemoryOwner, offset: int, length: int, *, drop: bool) -> None:
+        def flush(_bounce: MappedBacking, offset: int, length: int, *, drop: bool) -> None:
             assert drop
             done.append((offset, length))
 
-        monkeypatch.setattr(MemoryOwner, "write_back", flush)
+        monkeypatch.setattr(MappedBacking, "write_back", flush)
         command.complete()
         assert memory.operations[len(pieces) :] == [(kIOMemoryIncoherentIOFlush, *piece) for piece in pieces]
         assert done == ([(0, 50)] if options else [])
@@ -576,3 +576,20 @@ def test_repr(command: IODMACommand) -> None:
     assert repr(command) == "<IODMACommand for 48 address bits, not prepared>"
     command.setMemoryDescriptor(ScatteredDescriptor([(ABOVE - 1, 3)]))
     assert repr(command) == "<IODMACommand for 48 address bits, prepare count 1, 2 bytes bounced>"
+
+
+@pytest.mark.parametrize("coherent", [True, False], ids=["coherent", "incoherent"])
+def test_a_length_that_is_set_during_a_transfer(coherent: bool) -> None:
+    """A driver sets the number of received bytes before complete(): the bytes arrive, also those beyond it."""
+    mapping = 0 if coherent else IODMACommand.kNonCoherent
+    with iobmd.allocate(3 * PAGE) as buffer, IODMACommand.withSpecification(64, mappingOptions=mapping) as command:
+        command.setMemoryDescriptor(buffer)
+        command.synchronize(0, forceDoubleBuffer=True)
+        command.writeBytes(0, b"received")
+        buffer.setLength(8)
+        command.writeBytes(PAGE, b"beyond")
+        assert command.readBytes(PAGE, 6) == b"beyond"
+        command.complete()
+        assert buffer.readBytes(0, 8) == b"received"
+        buffer.setLength(3 * PAGE)
+        assert buffer.readBytes(PAGE, 6) == b"beyond"

@@ -48,6 +48,10 @@ class ScatteredDescriptor:
         self.pin()
         return self
 
+    def require_backing(self) -> "ScatteredDescriptor":
+        self._open()
+        return self
+
     def require_mapped(self) -> None:
         self._open()
 
