@@ -9,7 +9,7 @@ from iobmd._native import mman
 from iobmd.backing.exports import Exports
 from iobmd.backing.mapped import MappedBacking, span
 from iobmd.backing.placement import ANYWHERE, Placement
-from iobmd.errors import CannotWireError, UnsupportedError
+from iobmd.errors import CannotWireError, UnsupportedError, VMError
 from iobmd.memory import numa, residency
 from iobmd.memory.mlock import make_resident
 from iobmd.memory.populate import populate
@@ -109,7 +109,10 @@ class SharedBacking(MappedBacking):
     def page_counts(self) -> tuple[int, int]:
         """Count the resident pages, mapped here or not. All are dirty, because there is no file behind them."""
         with self.here() as mapping:
-            resident = mman.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
+            try:
+                resident = mman.incore(mapping.address, pages(self.size), PAGE_SIZE).count(1)
+            except OSError:
+                raise VMError("a part of this memory no longer exists: the program has unmapped it") from None
         return resident, resident
 
     def seal(self) -> None:

@@ -1,5 +1,6 @@
 """Memory of a shared object: the same pages in a forked child, and a common purgeable state."""
 
+import ctypes
 import gc
 import itertools
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import kernel
 from support.child import NOBODY, forked, in_child
+from support.errors import code_of
 from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, purgeable, reads_zero
 from support.targets import until
 from support.threads import run_all
@@ -46,6 +48,14 @@ def test_memory_of_a_shared_object(wired: bool) -> None:
             assert buffer.getPageCounts() == (769, 769)
         buffer.writeBytes(3 * MIB, b"12345")
         assert bytes(memoryview(buffer)[-5:]) == b"12345"
+
+
+def test_counts_of_memory_that_was_unmapped() -> None:
+    with iobmd.allocate(4 * PAGE_SIZE, wired=False, shared=True) as buffer:
+        buffer.writeBytes(0, bytes(4 * PAGE_SIZE))
+        assert buffer.getPageCounts() == (4, 4)
+        assert ctypes.CDLL(None).munmap(ctypes.c_void_p(buffer.getBytesNoCopy() + PAGE_SIZE), PAGE_SIZE) == 0
+        assert code_of(buffer.getPageCounts) == IOReturn.kIOReturnVMError
 
 
 @pytest.mark.needs("frames")
