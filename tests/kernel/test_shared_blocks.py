@@ -1,10 +1,15 @@
 """`nonvolatile` blocks of several processes that share purgeable memory."""
 
 import contextlib
+import ctypes
+import mmap
 import multiprocessing
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -37,21 +42,23 @@ def started(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[Peer]:
     here, there = multiprocessing.Pipe()
     block = buffer.nonvolatile()
 
-    def body() -> None:
-        match there.recv():
+    def answer(request: Any) -> Any:
+        match request:
             case "enter":
-                answer: Any = block.__enter__()
+                return block.__enter__()
             case "leave":
-                answer = block.__exit__(None, None, None)
+                return block.__exit__(None, None, None)
             case "fail":
-                answer = block.__exit__(KeyError, KeyError("refill"), None)
+                return block.__exit__(KeyError, KeyError("refill"), None)
             case "fill":
-                answer = buffer.writeBytes(0, b"filled" * 100)
+                return buffer.writeBytes(0, b"filled" * 100)
             case "read":
-                answer = bytes(buffer)
-            case state:
-                answer = code_of(lambda: buffer.setPurgeable(state))
-        there.send(answer)
+                return bytes(buffer)
+            case _:
+                return code_of(lambda: buffer.setPurgeable(request))
+
+    def body() -> None:
+        there.send(answer(there.recv()))
 
     def ask(request: Any) -> Any:
         here.send(request)
@@ -241,3 +248,62 @@ def test_faults_on_access_remain_with_the_process_that_asked_for_them() -> None:
         assert state_of(attached) == VOLATILE
         assert attached.readBytes(0, SIZE) == content
         assert code_of(lambda: buffer.readBytes(0, 1)) == IOReturn.kIOReturnVMError
+
+
+class Counts(ctypes.Structure):
+    """The events in one process, in memory that it shares with the test."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("intact", "filled", "failed", "wrong")]
+
+
+def use(buffer: iobmd.IOBufferMemoryDescriptor, content: bytes, counts: Counts) -> None:
+    """Enter a block, fill the memory if necessary or fail to, and compare it while other processes leave blocks."""
+    time.sleep(random.random() * 0.005)
+    with contextlib.suppress(KeyError), buffer.nonvolatile() as intact:
+        if intact:
+            counts.intact += 1
+        elif random.random() < 0.2:
+            counts.failed += 1
+            raise KeyError
+        else:
+            buffer.writeBytes(0, content)
+            counts.filled += 1
+        for _ in range(3):
+            counts.wrong += bytes(buffer) != content
+            time.sleep(random.random() * 0.001)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_no_contents_are_lost_inside_a_block() -> None:
+    """Four processes enter and leave blocks, and are killed inside, while the memory is purged whenever possible."""
+    buffer, content = purgeable(SIZE, shared=True)
+    every = mmap.mmap(-1, mmap.PAGESIZE)
+    counts = [Counts.from_buffer(every, index * ctypes.sizeof(Counts)) for index in range(4)]
+    chance, purges, kills = random.Random(1), 0, 0
+
+    def work(mine: Counts) -> None:
+        random.seed(os.getpid())
+        while True:
+            use(buffer, content, mine)
+
+    def start(mine: Counts) -> contextlib.ExitStack:
+        process = contextlib.ExitStack()
+        process.enter_context(forked(partial(work, mine)))
+        return process
+
+    with buffer, contextlib.ExitStack() as ends:
+        buffer.setPurgeable(VOLATILE)
+        processes = [start(mine) for mine in counts]
+        ends.callback(lambda: [process.__exit__(None, None, None) for process in processes])
+        deadline = time.monotonic() + 60
+        while purges < 100 or kills < 8:
+            purges += bool(iobmd.purge())
+            if chance.random() < 0.03:
+                index = chance.randrange(4)
+                processes[index].close()
+                kills += 1
+                processes[index] = start(counts[index])
+            time.sleep(chance.random() * 0.001)
+            assert time.monotonic() < deadline, (purges, kills)
+        assert all(mine.intact and mine.filled and mine.failed for mine in counts)
+        assert not any(mine.wrong for mine in counts)
