@@ -169,10 +169,12 @@ def _report(summary: dict[str, object], holes: Sequence[tuple[int, int]], *, as_
         print(json.dumps(summary, indent=2), file=stream)
         return
     length = int(str(summary["size"]))
+    rounded = f" ({format_size(length)})" if length >= 1 << 10 else ""
+    # The time of a small copy is that of its preparation, not of the transfer.
+    speed = f", {summary['gigabytes_per_second']} GB/s" if length >= 1 << 20 else ""
     show(
-        f"{length} bytes ({format_size(length)}) from {int(str(summary['address'])):#x} of process {summary['pid']} "
-        f"into {summary['wiring']} memory in {format_time(float(str(summary['seconds'])))}, "
-        f"{summary['gigabytes_per_second']} GB/s",
+        f"{length} bytes{rounded} from {int(str(summary['address'])):#x} of process {summary['pid']} "
+        f"into {summary['wiring']} memory in {format_time(float(str(summary['seconds'])))}{speed}",
         terminal_width(stream),
         file=stream,
     )

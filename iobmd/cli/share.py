@@ -18,7 +18,7 @@ from iobmd.cli.signals import terminable
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NotPrivilegedError, NotReadyError
 from iobmd.task.task import Task
-from iobmd.units import format_size, format_time
+from iobmd.units import PAGE_SIZE, format_size, format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd share`."""
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.at or 0) % PAGE_SIZE:
+        parser.error(f"--at: {arguments.at:#x} is not a multiple of the page size, {PAGE_SIZE:#x}")
     task = Task(arguments.pid)
     options = IOMapOptions.kIOMapPrefault
     options |= IOMapOptions(0) if arguments.at else IOMapOptions.kIOMapAnywhere

@@ -326,7 +326,13 @@ def test_copy_a_mapping_by_name(start_source: Start, capsys: Captured) -> None:
         assert document["address"] == int(areas[0][0].split("-")[0], 16)
         assert document["wiring"] == "pageable"
     assert main(["copy", str(source.pid), "[stack]", "100"]) == 0
-    assert capsys.readouterr().out.startswith("100 bytes (100 B) from 0x")
+    said = capsys.readouterr().out
+    assert said.startswith("100 bytes from 0x")
+    assert "GB/s" not in said
+    assert main(["copy", str(source.pid), "libc.so.6", "1M", "--pageable"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1048576 bytes (1 MiB) from 0x")
+    assert "GB/s" in said
 
 
 @pytest.mark.needs("compiler")

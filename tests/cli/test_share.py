@@ -89,8 +89,8 @@ def test_contiguous(target: subprocess.Popen[bytes], capsys: Captured) -> None:
 
 def test_refused(capsys: Captured) -> None:
     assert main(["share", str(os.getpid()), "4k", "--hold", "0", "--pageable"]) == 0, "memory of this process again"
-    for wrong in (["share"], ["share", "1"], ["share", "x", "4k"], ["share", "1", "0"]):
-        assert main(wrong) == 2
+    for wrong in ([], ["1"], ["x", "4k"], ["1", "0"], ["1", "4k", "--at", "1"]):
+        assert main(["share", *wrong]) == 2
     capsys.readouterr()
     assert main(["share", "999999999", "4k"]) == 1
     assert "no process has the pid" in capsys.readouterr().err

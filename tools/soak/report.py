@@ -114,7 +114,8 @@ def document(tally: Tally, faults: list[dict[str, Any]], **about: Any) -> dict[s
 def text(report: dict[str, Any], width: int | None = None) -> str:
     """Return the report as text, folded at the width of a terminal."""
     seconds = report["seconds"]
-    lines = [f"{report['events']:,} events in {seconds:.0f} s, {report['events'] / max(seconds, 1e-9):,.0f} a second"]
+    rate = f", {report['events'] / seconds:,.0f} a second" if seconds >= 1 else ""
+    lines = [f"{report['events']:,} events in {seconds:.0f} s{rate}"]
     kinds = [f"{name} {count:,}" for name, count in report["kinds"].items() if count]
     lines.append(_listed("events", kinds))
     refused = [
