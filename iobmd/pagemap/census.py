@@ -6,8 +6,9 @@ from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
+from iobmd._internal.arguments import integers
 from iobmd._native.pagemap import KINDS, WINDOW_STATES
-from iobmd.errors import UnsupportedError
+from iobmd.errors import BadArgumentError, UnsupportedError
 from iobmd.host import zoneinfo
 from iobmd.pagemap.frame import Frames
 from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, round_down, round_up
@@ -161,6 +162,7 @@ def host_memory(
     Raises
     ------
     IOReturnError
+        `kIOReturnBadArgument`: a negative number of rows, or no cells.
         `kIOReturnNotPrivileged`: /proc/kpageflags cannot be read (root). `kIOReturnUnsupported`: the zones are hidden
         (/proc/zoneinfo).
 
@@ -169,6 +171,9 @@ def host_memory(
     Reading takes the kernel 0.11 µs per frame: 0.7 s for 24 GiB. Nothing is locked. Memory that the kernel keeps in
     lists of each processor counts as ``kernel``, because no flag shows it.
     """
+    rows, cells = integers(rows=rows, cells=cells)
+    if rows < 0 or cells < 1:
+        raise BadArgumentError(f"a map of {rows} rows of {cells} cells is not possible")
     zones = _zones()
     with Frames() as frames:
         return _Reading(frames, _Map(_online(), rows, cells), progress).result(zones)

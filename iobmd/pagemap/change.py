@@ -8,15 +8,17 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from iobmd import procfs
+from iobmd._internal.arguments import check_type
 from iobmd.errors import BadArgumentError
 from iobmd.pagemap.reader import require_frames
+from iobmd.pagemap.snapshot import Snapshot
 from iobmd.pagemap.span import spans
 from iobmd.task.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iobmd.pagemap.snapshot import Batch, Snapshot
+    from iobmd.pagemap.snapshot import Batch
     from iobmd.pagemap.span import Span
 
     _T = TypeVar("_T")
@@ -91,6 +93,7 @@ def changes(before: Snapshot | Task, after: Snapshot | Task, *, joined: bool = T
     if isinstance(before, Task) or isinstance(after, Task):
         found = _written(before, after)
         return _joined(found, _starts(before, after)) if joined else found
+    check_type(Snapshot, before=before, after=after)
     old_header, new_header = before.header, after.header
     for what, old_one, new_one in (
         ("ranges", (old_header.start, old_header.end), (new_header.start, new_header.end)),

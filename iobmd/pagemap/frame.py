@@ -276,7 +276,7 @@ def users(
     -----
     A process that exits during the scan is skipped. Threads are not listed separately.
     """
-    check_range(physical, length)
+    physical, length = check_range(physical, length)
     require_frames()
     try:
         pids = pidns.pids()

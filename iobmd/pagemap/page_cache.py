@@ -73,7 +73,7 @@ def file_cache(path: str | os.PathLike[str], *, parts: int = 0) -> FileCache:
         raise BadArgumentError(f"{parts} parts: the number cannot be negative")
     name = os.fspath(path)
     with _opened(name) as (fd, keeps_atime):
-        size = os.lseek(fd, 0, os.SEEK_END)
+        size = _size(fd, name)
         step = _part_size(size, parts)
         places = range(0, size, step) if step else range(0)
         try:
@@ -86,6 +86,13 @@ def file_cache(path: str | os.PathLike[str], *, parts: int = 0) -> FileCache:
     return FileCache(
         size, cached * PAGE_SIZE, dirty, writeback, evicted, step, [pages * PAGE_SIZE for pages in found]
     )
+
+
+def _size(fd: int, name: str) -> int:
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    except OSError as error:  # such as most files of /proc
+        raise _refused(error, name) from None
 
 
 def _part_size(size: int, parts: int) -> int:
@@ -132,6 +139,6 @@ def _refused(error: OSError, name: str) -> OSError:
     if error.errno in (errno.EPERM, errno.ENOSYS):
         why = "the kernel shows which part of a file is cached only to its owner and writers; run with CAP_FOWNER"
         return NotPermittedError(f"{name}: {why}", error.errno)
-    if error.errno in (errno.EOPNOTSUPP, errno.ENODEV):
+    if error.errno in (errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL):
         return UnsupportedError(f"{name}: its file system has no page cache", error.errno)
     return error

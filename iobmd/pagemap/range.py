@@ -172,7 +172,7 @@ def resolve(target: Target, address: int | None = None, size: int | None = None)
     if address is not None or size is not None:
         if address is None or size is None:
             raise BadArgumentError("a range requires both an address and a size")
-        check_range(address, size)
+        address, size = check_range(address, size)
         return Where(_open_task(cast("AnyTask", target)), address, address + size)
     if isinstance(target, Mapped):
         return Where(*target._mapped_range(), target)

@@ -6,6 +6,7 @@ that, and evaluates the samples.
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -13,6 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from iobmd import procfs
+from iobmd._internal.arguments import check_integers, check_numbers
 from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.pagemap.range import resolve
 from iobmd.units import format_time
@@ -256,6 +258,10 @@ class Sampler(Protocol):
 
 def check_interval(seconds: float, intervals: int) -> float:
     """Return the length of an interval in seconds; raise `kIOReturnBadArgument` if it is shorter than `SHORTEST`."""
+    check_numbers(seconds=seconds)
+    check_integers(intervals=intervals)
+    if intervals < 1 or not 0 <= seconds < math.inf:
+        raise BadArgumentError(f"{seconds} seconds cannot be divided into {intervals} intervals")
     interval = seconds / intervals
     if interval < SHORTEST:
         message = (

@@ -13,7 +13,7 @@ from iobmd._native import pagemap as native
 from iobmd.errors import IOReturnError, NoResourcesError, NotPrivilegedError
 from iobmd.pagemap.file import PagemapFile, counts, pages
 from iobmd.task import diagnosis
-from iobmd.task.task import Task, kernel_task
+from iobmd.task.task import Task, check_range, kernel_task
 from iobmd.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -141,7 +141,13 @@ def huge_bytes(address: int, size: int, task: Task = kernel_task) -> int:
     """Count the bytes of a range of a task that are mapped by huge pages; requires no privilege.
 
     Uses PAGEMAP_SCAN (Linux 6.7), or else smaps, which counts whole areas: the result is then a lower bound.
+
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: not a range of 64-bit addresses.
     """
+    address, size = check_range(address, size)
     end = address + size
     try:
         with PagemapFile(task) as descriptor:

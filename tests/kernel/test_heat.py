@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import mmap
 import re
 import subprocess
@@ -309,7 +310,11 @@ def test_what_is_refused(target: Target) -> None:
         ({"method": "written"}, "requires a userfaultfd"),
         ({"method": "guessed"}, "is not one of"),
         ({"intervals": 100}, "shorter than 50 ms"),
+        ({"intervals": 0}, "cannot be divided"),
+        ({"seconds": -1}, "cannot be divided"),
+        ({"seconds": math.nan}, "cannot be divided"),
+        ({"seconds": math.inf}, "cannot be divided"),
     ):
         with pytest.raises(IOReturnError, match=message) as caught:
-            pagemap.heat(target.pid, 1, **arguments)  # type: ignore[arg-type]
+            pagemap.heat(target.pid, **{"seconds": 1, **arguments})  # type: ignore[arg-type]
         assert caught.value.code == IOReturn.kIOReturnBadArgument

@@ -14,7 +14,7 @@ from support.child import NOBODY, in_child
 from support.kernel import frames
 from support.targets import until
 
-from iobmd import NotPrivilegedError, pagemap
+from iobmd import BadArgumentError, NotPrivilegedError, pagemap
 from iobmd._native.pagemap import WINDOW_STATES
 from iobmd.pagemap.census import kinds_between
 from iobmd.pagemap.frame import Frames
@@ -167,6 +167,14 @@ def zone_pages(name: str) -> int:
     return sum(
         int(line.split()[1]) for line in Path("/proc/zoneinfo").read_text().splitlines() if line.split()[:1] == [name]
     )
+
+
+def test_impossible_maps() -> None:
+    for wrong in ({"rows": -1}, {"rows": 1, "cells": 0}):
+        with pytest.raises(BadArgumentError, match="is not possible"):
+            pagemap.host_memory(**wrong)
+    with pytest.raises(TypeError, match="rows must be an integer"):
+        pagemap.host_memory(rows=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.needs("root")

@@ -117,6 +117,8 @@ def test_odd_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(UnsupportedError, match="neither a regular file nor a block device"):
             pagemap.file_cache(path)
+    with pytest.raises(UnsupportedError, match="has no page cache"):
+        pagemap.file_cache("/proc/self/maps")
     with pytest.raises(FileNotFoundError):
         pagemap.file_cache(tmp_path / "none")
     with pytest.raises(BadArgumentError):

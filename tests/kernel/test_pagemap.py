@@ -292,6 +292,20 @@ def test_what_it_refuses() -> None:
     assert code(kernel_task, 1 << 63) == IOReturn.kIOReturnBadArgument
     assert code(kernel_task, -PAGE_SIZE) == IOReturn.kIOReturnBadArgument
     assert code(2, 0x400000) == IOReturn.kIOReturnUnsupported
+    with pytest.raises(IOReturnError, match="outside the 64-bit address space"):
+        pagemap.huge_bytes(-1, PAGE_SIZE)
+    with pytest.raises(TypeError, match="before must be of type Snapshot"):
+        next(pagemap.changes(bytearray(1), bytearray(1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.needs("numpy", "root")
+def test_narrow_integers() -> None:
+    """Their sums would wrap around."""
+    import numpy
+
+    pages = pagemap.pages(kernel_task, numpy.uint8(200), PAGE_SIZE)
+    assert [page.address for page in pages] == [0, PAGE_SIZE]
+    assert not list(pagemap.users(numpy.uint64((1 << 64) - 1), numpy.uint8(0)))
 
 
 @pytest.mark.needs("root")
