@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import select
 import time
 from typing import TYPE_CHECKING, Protocol, Self
 
 from iobmd._internal import with_block
-from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.arguments import check_numbers, check_type, integers
+from iobmd._internal.process_local import Fd
 from iobmd._internal.uncopyable import Uncopyable
 from iobmd.constants import IOReturn, kIOReturnSuccess
 from iobmd.device.uio import UIOLine
 from iobmd.device.vfio import VFIOLine
-from iobmd.errors import NotOpenError
+from iobmd.errors import BadArgumentError, NotOpenError
 
 if TYPE_CHECKING:
-    from iobmd._internal.process_local import Fd
     from iobmd.device.vfio import Attached
+
+_LONGEST = 3600.0
+"""Seconds of one poll(2), whose timeout is limited."""
 
 
 class _Line(Protocol):
@@ -42,7 +46,7 @@ class IOInterruptEventSource(Uncopyable):
 
     Created by `ofUIO` or `ofVFIO`. It has a `fileno()`, which is readable while interrupts have not been read:
     `select.poll`, and asyncio's `loop.add_reader(source, handler)`, accept the source itself. Use it in a `with`
-    block, or `close` it.
+    block, or `close` it, after `loop.remove_reader(source)`.
 
     Notes
     -----
@@ -50,14 +54,17 @@ class IOInterruptEventSource(Uncopyable):
     (`getAutoDisable`), and `enable` unmasks it, after the process has served the device, which no longer asserts the
     line. Message interrupts (MSI, MSI-X) are not masked.
 
-    One thread at a time should read; the other methods may be called from any thread. Forked children share the
-    interrupts. Source: IOInterruptEventSource.h of IOKit, whose work loop
-    is the caller's event loop.
+    One thread at a time should read; the other methods may be called from any thread: `close` ends a `wait` with
+    `kIOReturnNotOpen`. Forked children share the interrupts: `disable` disables them for all, but `close` only in the
+    process that created the source. Source: IOInterruptEventSource.h of IOKit, whose work loop is the caller's event
+    loop.
     """
 
     def __init__(self, line: _Line, provider: object, number: int) -> None:
         self._line: _Line | None = line
         self._provider, self._number = provider, number
+        self._maker = os.getpid()
+        self._closing = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "this IOInterruptEventSource")
         self._enabled = True
         self.count = 0
         """Interrupts that were read since the source was created."""
@@ -114,7 +121,7 @@ class IOInterruptEventSource(Uncopyable):
         The first message interrupt enables as many vectors as the device has, because VFIO could not add any later
         (before Linux 6.5). Source: linux/vfio.h.
         """
-        check_integers(index=index)
+        (index,) = integers(index=index)
         return cls(VFIOLine(mapper, kind, index), mapper, index)
 
     def fileno(self) -> int:
@@ -134,15 +141,23 @@ class IOInterruptEventSource(Uncopyable):
         ----------
         timeout : float, optional
             Seconds, after which it returns 0; None: no limit.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotOpen`: it is closed, or another thread has closed it; `kIOReturnBadArgument`: no number.
         """
-        end = math.inf if timeout is None else time.monotonic() + timeout
-        poll = select.poll()  # select(2) accepts no descriptor above 1023
-        poll.register(self, select.POLLIN)
-        while not (found := self.read()):
-            left = end - time.monotonic()
-            if left <= 0:
-                return 0
-            poll.poll(None if timeout is None else math.ceil(left * 1000))
+        end = math.inf if timeout is None else time.monotonic() + _seconds(timeout)
+        with self._closing.use() as closing, self._open().file.use() as interrupts:
+            poll = select.poll()  # select(2) accepts no descriptor above 1023
+            poll.register(interrupts, select.POLLIN)
+            if self._maker == os.getpid():  # it becomes readable in all processes
+                poll.register(closing, select.POLLIN)
+            while not (found := self.read()):
+                left = end - time.monotonic()
+                if left <= 0:
+                    return 0
+                poll.poll(math.ceil(min(left, _LONGEST) * 1000))
         return found
 
     def enable(self) -> IOReturn:
@@ -205,6 +220,10 @@ class IOInterruptEventSource(Uncopyable):
         """Disable the interrupts and close the descriptor. Idempotent, as is leaving a `with` block."""
         line, self._line = self._line, None
         if line:
+            if self._maker == os.getpid():
+                with self._closing.use() as closing:
+                    os.eventfd_write(closing, 1)
+            self._closing.close()
             line.close()
 
     def _open(self) -> _Line:
@@ -231,3 +250,11 @@ class IOInterruptEventSource(Uncopyable):
             if line
             else "<IOInterruptEventSource closed>"
         )
+
+
+def _seconds(timeout: float) -> float:
+    """Return a timeout as Python's number: sums of NumPy's narrow ones are imprecise or infinite."""
+    check_numbers(timeout=timeout)
+    if math.isnan(seconds := float(timeout)):
+        raise BadArgumentError("the timeout is not a number")
+    return seconds

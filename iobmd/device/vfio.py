@@ -73,7 +73,12 @@ def capabilities(info: bytearray, first: int) -> dict[int, int]:
 
 
 def _own(device: Attached) -> Fd:
-    """Return a descriptor of the device that remains open when its mapper is closed."""
+    """Return a descriptor of the device that remains open when its mapper is closed.
+
+    Raises TypeError for an object without the methods of a mapper, whose class this module may not import.
+    """
+    if not hasattr(device, "iovmMapMemory"):
+        raise TypeError(f"mapper must be an IOMapper, not {device!r}")
     number = fcntl.fcntl(device.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
     return Fd(number, f"VFIO's descriptor of {device.name}")
 
@@ -95,12 +100,12 @@ class VFIORegion(Region):
     """
 
     def __init__(self, device: Attached, number: int) -> None:
+        file = _own(device)
         what = f"region {number} of {device.name}"
         self._number = number
-        file = _own(device)
         try:
             info = _region_info(file, number)
-        except OSError:
+        except (OSError, struct.error):  # struct.error: not a number of 32 bits
             info = bytearray(_REGION.size)
         _size, self._flags, _index, first, size, start = _REGION.unpack_from(info)
         if not size:
@@ -232,7 +237,8 @@ def _kind_of(file: Fd, name: str | None) -> _Kind:
     return _Kind(flags, number)
 
 
-_EXCLUSIVE, _SINGLE = ("msix", "msi", "intx"), ("intx", "error", "request")
+_PREFERRED, _SINGLE = ("msix", "msi", "intx"), ("intx", "error", "request")
+_EXCLUSIVE = set(_PREFERRED)
 
 
 def _require_kind(file: Fd, name: str, kind: str | None, number: int) -> _Kind:
@@ -246,12 +252,15 @@ def _require_kind(file: Fd, name: str, kind: str | None, number: int) -> _Kind:
 
 
 class _InUse:
-    """The interrupts of a device that are in use, which are all of one kind of `_EXCLUSIVE`."""
+    """The interrupts of a device that are in use, by kind and number."""
 
     def __init__(self) -> None:
         self.guard = Guard()
-        self.kind = ""
-        self.used: set[int] = set()
+        self.used: set[tuple[str, int]] = set()
+
+    def kinds(self) -> set[str]:
+        """Return the kinds of those interrupts: at most one of `_EXCLUSIVE`."""
+        return {kind for kind, _number in self.used}
 
 
 _in_use: weakref.WeakKeyDictionary[Attached, _InUse] = weakref.WeakKeyDictionary()
@@ -278,9 +287,11 @@ class VFIOLine:
 
     def __init__(self, device: Attached, kind: str | None, number: int) -> None:
         self._closed = True
+        self._maker = os.getpid()
         device_file = _own(device)
         try:
-            kind = kind or next((one for one in _EXCLUSIVE if _kind_of(device_file, one).number), None)
+            if kind is None:
+                kind = next((one for one in _PREFERRED if _kind_of(device_file, one).number), None)
             found = _require_kind(device_file, device.name, kind, number)
             self.file = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), f"interrupt {number} of {device.name}")
         except BaseException:
@@ -293,26 +304,22 @@ class VFIOLine:
         self._others = _in_use.setdefault(device, _InUse())
         try:
             with self._others.guard:
-                self._require_free(self._others)
-                if self._kind not in _SINGLE and not self._others.used:
+                self._require_free()
+                if self._kind not in _SINGLE and self._kind not in self._others.kinds():
                     self._allocate()
                 self._signal(self.file)
-                if self._kind in _EXCLUSIVE:
-                    self._others.kind = self._kind
-                    self._others.used.add(number)
+                self._others.used.add((self._kind, number))
         except BaseException:
             self.file.close()
             device_file.close()
             raise
         self._closed = False
 
-    def _require_free(self, others: _InUse) -> None:
-        if self._kind not in _EXCLUSIVE or not others.used:
-            return
-        if others.kind != self._kind:
-            raise BusyError(f"interrupts of kind {others.kind} are enabled: close them before {self.what}")
-        if self._number in others.used:
+    def _require_free(self) -> None:
+        if (self._kind, self._number) in self._others.used:  # VFIO would replace its eventfd
             raise BusyError(f"{self.what} has a user: close it first")
+        for kind in self._others.kinds() & _EXCLUSIVE - {self._kind} if self._kind in _EXCLUSIVE else ():
+            raise BusyError(f"interrupts of kind {kind} are enabled: close them before {self.what}")
 
     def _allocate(self) -> None:
         """Enable as many message interrupts as the device has: VFIO adds none later (before Linux 6.5)."""
@@ -359,19 +366,22 @@ class VFIOLine:
             self._signal(None if masked else self.file)
 
     def close(self) -> None:
-        """Disable it, and all message interrupts with the last of them. Idempotent; for destructors too."""
+        """Disable it, and all message interrupts with the last of them. Idempotent; for destructors too.
+
+        A forked child only closes its descriptors: the device, and so the interrupt, is that of its parent as well.
+        """
         if not self._closed:
             self._closed = True
             self._others.guard.when_free(self._disable)
 
     def _disable(self) -> None:
         """Disable it, with the guard held."""
-        used = self._others.used if self._kind in _EXCLUSIVE else set()
-        used.discard(self._number)
-        with contextlib.suppress(OSError):  # the device may be gone
-            if used:
-                self._signal(None)
-            else:
-                self._set(_NO_DATA | _TRIGGER, 0, count=0)
+        self._others.used.discard((self._kind, self._number))
+        if self._maker == os.getpid():
+            with contextlib.suppress(OSError):  # the device may be gone
+                if self._kind in self._others.kinds():
+                    self._signal(None)
+                else:
+                    self._set(_NO_DATA | _TRIGGER, 0, count=0)
         self.file.close()
         self._device.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import edu, pci
+from support.child import in_child
 from support.errors import code_of, refusal
 from support.proof import PAGE
 
@@ -44,8 +45,9 @@ def test_the_configuration_space_is_read_and_written_but_not_mapped(mapper: IOMa
         assert config.readBytes(0x3B, 3)[1] == 5
         assert code_of(config.map) == IOReturn.kIOReturnUnsupported
         assert code_of(lambda: config.readBytes(0, len(config) + 1)) == IOReturn.kIOReturnBadArgument
-    code, message = refusal(lambda: iobmd.IODeviceMemory.ofVFIO(mapper, 3))
-    assert (code, "region 3" in message) == (IOReturn.kIOReturnBadArgument, True)
+    for number in (3, -1, 1 << 32):
+        code, message = refusal(lambda number=number: iobmd.IODeviceMemory.ofVFIO(mapper, number))
+        assert (code, f"region {number}" in message) == (IOReturn.kIOReturnBadArgument, True)
 
 
 def test_a_disabled_device_is_not_mapped(mapper: IOMapper) -> None:
@@ -118,7 +120,19 @@ def test_refusals_of_interrupts(mapper: IOMapper) -> None:
         iobmd.IOInterruptEventSource.ofVFIO(mapper, kind="intx"),
         iobmd.IOInterruptEventSource.ofVFIO(mapper, kind="request"),
     ):
-        pass
+        code, message = refusal(lambda: iobmd.IOInterruptEventSource.ofVFIO(mapper, kind="request"))
+        assert (code, "has a user" in message) == (IOReturn.kIOReturnBusy, True)
+    iobmd.IOInterruptEventSource.ofVFIO(mapper, kind="request").close()
+
+
+def test_a_forked_child_does_not_disable_interrupts_of_its_parent(
+    mapper: IOMapper, registers: iobmd.IOMemoryMap
+) -> None:
+    with iobmd.IOInterruptEventSource.ofVFIO(mapper, kind="msi") as source:
+        in_child(source.close)
+        registers.write32(RAISE, 1)
+        assert source.wait(20) == 1
+        registers.write32(LOWER, 1)
 
 
 def test_dma_completes_with_an_interrupt(mapper: IOMapper, registers: iobmd.IOMemoryMap) -> None:
