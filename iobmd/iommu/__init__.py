@@ -9,8 +9,9 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_integers, check_type, integers
+from iobmd._internal.arguments import check_type, integers
 from iobmd._internal.uncopyable import Uncopyable
+from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native.pagemap import PhysicalSegment
 from iobmd.constants import (
     IODMAMapOptions,
@@ -22,7 +23,7 @@ from iobmd.constants import (
     kIOReturnSuccess,
 )
 from iobmd.descriptors.device_access import require_device_access
-from iobmd.descriptors.options import DIRECTION_MASK, check_within
+from iobmd.descriptors.options import DIRECTION_MASK, check_descriptor, check_within
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
@@ -35,7 +36,7 @@ from iobmd.iommu.absence import ALL_IOMMUS
 from iobmd.iommu.addresses import Addresses
 from iobmd.iommu.attachment import Attachment, attach
 from iobmd.iommu.vfio import READ, WRITE
-from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+from iobmd.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size, is_power_of_two
 
 if TYPE_CHECKING:
     from iobmd.descriptors.descriptor import IOMemoryDescriptor
@@ -95,20 +96,20 @@ class IOMapper(Uncopyable):
 
     def __init__(self, device: str, *, address_bits: int = 64) -> None:
         check_type(str, device=device)
-        check_integers(address_bits=address_bits)
+        (address_bits,) = integers(address_bits=address_bits)
         if not 12 < address_bits <= 64:
             message = f"a device has 13 to 64 address bits, not {address_bits}"
             raise BadArgumentError(message)
-        self.name = device
+        self.name = _name(device)
         self._maker = os.getpid()
         self._guard = process_local.Guard()
-        self._ranges: weakref.WeakSet[IOVMRange] = weakref.WeakSet()
+        self._ranges: WeakRegistry[IOVMRange] = WeakRegistry()
         self._mapped: dict[tuple[int, int], list[IOVMRange]] = {}
-        self._attachment: Attachment | None = attach(device)
+        self._attachment: Attachment | None = attach(self.name)
         self.interface = self._attachment.interface
         """The kernel's interface: "iommufd", or "container" (VFIO's group and container)."""
         self._addresses = Addresses(self._attachment.ranges(), (1 << address_bits) - 1)
-        _mappers[device] = self
+        _mappers[self.name] = self
 
     def prepare(
         self,
@@ -137,11 +138,18 @@ class IOMapper(Uncopyable):
         ------
         IOReturnError
             As `IOMemoryDescriptor.prepare`; `kIOReturnNoResources`: no addresses are free below the device's limit;
-            `kIOReturnBadArgument`: no direction, no bytes, or parts that meet inside a page (an `IODMACommand` with
-            this mapper copies those); `kIOReturnVMError`: guard pages; `kIOReturnUnsupported`: memory of a device,
-            existing memory of another task, or the mapper option `kIOMapperUncached`; `kIOReturnNotPermitted`: memory
-            that no device may access (`kIOMemoryHostOnly`). After an error, nothing is prepared or mapped.
+            `kIOReturnBadArgument`: no direction, no bytes, an alignment that is not a power of two, or parts that
+            meet inside a page (an `IODMACommand` with this mapper copies those); `kIOReturnVMError`: guard pages;
+            `kIOReturnUnsupported`: memory of a device, existing memory of another task, or the mapper option
+            `kIOMapperUncached`; `kIOReturnNotPermitted`: memory that no device may access (`kIOMemoryHostOnly`).
+            After an error, nothing is prepared or mapped.
         """
+        check_descriptor(descriptor=descriptor)
+        forDirection, alignment = integers(forDirection=forDirection, alignment=alignment)  # noqa: N806 (IOKit's)
+        if highest is not None:
+            (highest,) = integers(highest=highest)
+        if not is_power_of_two(alignment):
+            raise BadArgumentError(f"the alignment {alignment} is not a power of two")
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())
         if not direction:
             message = "neither the transfer nor the descriptor has a direction: the device would have no access"
@@ -185,7 +193,7 @@ class IOMapper(Uncopyable):
         """Undo `_map`, with the guard held."""
         self._open().unmap(address, size)
         self._addresses.release(address, size)
-        self._ranges.discard(prepared)
+        self._ranges.remove(prepared)
 
     # --- IOKit's names
 
@@ -198,7 +206,7 @@ class IOMapper(Uncopyable):
         """
         check_type(str, device=device)
         with _creation:
-            found = _mappers.get(device)
+            found = _mappers.get(_name(device))
             if found is not None and found._attachment is not None and found._maker == os.getpid():
                 return found
             return IOMapper(device, address_bits=address_bits)
@@ -243,6 +251,7 @@ class IOMapper(Uncopyable):
             As `prepare`. `kIOReturnBadArgument`: a range past the end, or unknown options. `kIOReturnUnsupported`:
             `kIODMAMapDeviceMemory`, `…IdentityMap` and `…FixedAddress`, with the reason.
         """
+        check_descriptor(memory=memory)
         descriptorOffset, length, mapOptions = integers(  # noqa: N806 (IOKit's)
             descriptorOffset=descriptorOffset, length=length, mapOptions=mapOptions
         )
@@ -287,7 +296,7 @@ class IOMapper(Uncopyable):
             As `IOMemoryDescriptor.segments`, if the physical addresses are hidden.
         """
         (mappedAddress,) = integers(mappedAddress=mappedAddress)  # noqa: N806 (IOKit's)
-        for prepared in list(self._ranges):
+        for prepared in self._ranges.all():
             offset = mappedAddress - prepared.address
             if 0 <= offset < prepared.length:
                 return prepared.descriptor.getPhysicalSegment(offset)[0]
@@ -310,9 +319,8 @@ class IOMapper(Uncopyable):
         with self._guard:
             if self._attachment is None:
                 return
-            if self._ranges and self._maker == os.getpid():
-                message = f"memory is still prepared for {self.name} (count {len(self._ranges)}): complete() it first"
-                raise BusyError(message)
+            if (count := len(self._ranges.all())) and self._maker == os.getpid():
+                raise BusyError(f"memory is still prepared for {self.name} (count {count}): complete() it first")
             self._attachment.close()
             self._attachment = None
 
@@ -335,6 +343,11 @@ class IOMapper(Uncopyable):
     def __del__(self) -> None:
         if attachment := getattr(self, "_attachment", None):
             attachment.close()
+
+
+def _name(device: str) -> str:
+    """Return the address of a PCI device as the kernel writes it, by which VFIO finds the device."""
+    return device.lower()
 
 
 def _require_mappable(descriptor: IOMemoryDescriptor) -> None:

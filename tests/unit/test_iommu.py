@@ -2,12 +2,16 @@
 
 import os
 import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.errors import code_of
 
 import iobmd
-from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError
+from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError, iommu
 from iobmd.iommu import IOMapper, absence, vfio
 from iobmd.iommu.addresses import Addresses
 
@@ -50,6 +54,125 @@ def test_bad_numbers_of_bits(bits: int) -> None:
     with pytest.raises(IOReturnError) as caught:
         IOMapper("0000:00:00.0", address_bits=bits)
     assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+class Attached:
+    """An attachment without a device, which records the addresses at which memory is mapped."""
+
+    interface, device = "none", -1
+    recorded: list[int]
+
+    def __init__(self, name: str) -> None:
+        self.name, self.recorded = name, []
+
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(0, (1 << 39) - 1)]
+
+    def map(self, _virtual: int, address: int, _size: int, _access: int) -> None:
+        assert type(address) is int
+        self.recorded.append(address)
+
+    def unmap(self, address: int, _size: int) -> None:
+        self.recorded.remove(address)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iommu, "attach", Attached)
+
+
+@pytest.fixture
+def mapper(attached: None) -> Iterator[IOMapper]:
+    with IOMapper("0000:00:01.0") as one:
+        yield one
+
+
+@pytest.mark.needs("numpy")
+@pytest.mark.usefixtures("attached")
+@pytest.mark.parametrize("kind", ["uint8", "int32", "int64"])
+def test_a_narrow_number_of_bits(kind: str) -> None:
+    """1 << n is 0 for 32 as a uint8, and for 64 as an int64."""
+    import numpy
+
+    bits = 64 if kind == "int64" else 32
+    with (
+        IOMapper("0000:00:01.0", address_bits=getattr(numpy, kind)(bits)) as mapper,
+        iobmd.allocate(MIB, wired=False) as buffer,
+        mapper.prepare(buffer) as prepared,
+    ):
+        assert prepared.address == 4096
+
+
+@pytest.mark.needs("numpy")
+def test_a_narrow_alignment(mapper: IOMapper) -> None:
+    """The second address would be negative."""
+    import numpy
+
+    with iobmd.allocate(4096) as buffer:
+        first, second = (mapper.prepare(buffer, alignment=numpy.int32(1 << 30)) for _ in range(2))
+        assert (first.address, second.address) == (1 << 30, 2 << 30)
+        first.complete()
+        second.complete()
+
+
+@pytest.mark.parametrize("alignment", [0, -1, 3, 3 << 12])
+def test_bad_alignments(mapper: IOMapper, alignment: int) -> None:
+    with iobmd.allocate(4096) as buffer:
+        assert code_of(lambda: mapper.prepare(buffer, alignment=alignment)) == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda mapper, _buffer: mapper.prepare("x"), "descriptor must be an IOMemoryDescriptor"),
+        (lambda mapper, _buffer: mapper.iovmMapMemory(None), "memory must be an IOMemoryDescriptor"),
+        (lambda mapper, buffer: mapper.prepare(buffer, "out"), "forDirection must be an integer"),
+        (lambda mapper, buffer: mapper.prepare(buffer, alignment=4096.0), "alignment must be an integer"),
+        (lambda mapper, buffer: mapper.prepare(buffer, highest=1.5), "highest must be an integer"),
+    ],
+)
+def test_bad_types(
+    mapper: IOMapper, call: Callable[[IOMapper, iobmd.IOMemoryDescriptor], object], words: str
+) -> None:
+    with iobmd.allocate(4096) as buffer:
+        with pytest.raises(TypeError, match=words):
+            call(mapper, buffer)
+        buffer.free()  # it is not prepared
+
+
+def test_addresses_are_translated_while_others_are_mapped(mapper: IOMapper) -> None:
+    """Enumerating the ranges raised RuntimeError when another thread added one."""
+    before, end = sys.getswitchinterval(), threading.Event()
+    with iobmd.allocate(4096) as buffer:
+
+        def map_and_unmap() -> None:
+            while not end.is_set():
+                mapper.prepare(buffer).complete()
+
+        threads = [threading.Thread(target=map_and_unmap) for _ in range(3)]
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in range(20_000):
+                assert mapper.mapToPhysicalAddress(1) == 0
+        finally:
+            end.set()
+            for thread in threads:
+                thread.join()
+            sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("attached")
+def test_the_name_of_a_device_in_capitals() -> None:
+    """VFIO finds a device by its name as the kernel writes it."""
+    with IOMapper("0000:0A:00.0") as mapper:
+        assert mapper.name == "0000:0a:00.0"
+        assert IOMapper.copyMapperForDevice("0000:0A:00.0") is mapper
+        assert IOMapper.copyMapperForDevice("0000:0a:00.0") is mapper
 
 
 def test_memory_that_no_device_may_access() -> None:
