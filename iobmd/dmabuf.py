@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 from typing import TYPE_CHECKING
 
 from iobmd._internal import process_local
-from iobmd._internal.arguments import check_integers, check_type
+from iobmd._internal.arguments import check_type, integers
 from iobmd.api import DIRECTIONS
 from iobmd.backing.dma_buf import DmaBufBacking
 from iobmd.backing.shared import SharedBacking
@@ -51,7 +51,8 @@ def export(descriptor: IOMemoryDescriptor) -> int:
     IOReturnError
         `kIOReturnUnsupported`: private or purgeable memory, memory whose size cannot be sealed, huge pages that this
         kernel handles wrongly, or a kernel without udmabuf. `kIOReturnBadArgument`: it does not begin with a page.
-        `kIOReturnNotPrivileged`: /dev/udmabuf is not accessible. `kIOReturnNoResources`: a limit of udmabuf.
+        `kIOReturnNotPrivileged`: /dev/udmabuf is not accessible. `kIOReturnNoResources`: a limit of udmabuf, or no
+        file descriptor is free.
 
     Notes
     -----
@@ -68,8 +69,12 @@ def export(descriptor: IOMemoryDescriptor) -> int:
             return backing.duplicate()
         parts = [_exportable(origin) for origin in owner.origins()]
         fd = dma_buf.export(backing.file_extents(0, round_up(owner.length, PAGE_SIZE)))
-        for part in parts:
-            part.exports.add(process_local.Fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), "this dma-buf"))
+        try:
+            for part in parts:
+                part.exports.add(process_local.Fd(dma_buf.duplicate_known(fd), "this dma-buf"))
+        except BaseException:
+            os.close(fd)  # the caller would not know it, and it pins the memory
+            raise
     return fd
 
 
@@ -121,14 +126,15 @@ def attach(fd: int, direction: Direction | int) -> IOMemoryDescriptor:
     ------
     IOReturnError
         `kIOReturnBadArgument`: not a dma-buf. `kIOReturnNotPermitted`: its descriptor is open for reading only.
-        `kIOReturnUnsupported`: its exporter does not permit mapping it.
+        `kIOReturnUnsupported`: its exporter does not permit mapping it. `kIOReturnNoResources`: no file descriptor is
+        free.
 
     Notes
     -----
     The kernel shows no physical addresses of a dma-buf: `segments`, `getPageCounts` and `layout` raise
     `kIOReturnUnsupported` or `kIOReturnNotReady`, and it is never `Wiring.PINNED`, although most exporters pin it.
     """
-    check_integers(fd=fd)
+    (fd,) = integers(fd=fd)
     options = _option(direction)
     return _described(dma_buf.duplicate(fd), options)
 
@@ -155,7 +161,7 @@ def allocate(size: int, *, heap: str = "system") -> IOMemoryDescriptor:
         `kIOReturnUnsupported`: no such heap. `kIOReturnNotPrivileged`: its file is not accessible (root).
         `kIOReturnNoMemory`: it does not fit in free memory.
     """
-    check_integers(size=size)
+    (size,) = integers(size=size)
     check_type(str, heap=heap)
     if size <= 0:
         raise BadArgumentError(f"the size is {size}: it must be positive")

@@ -53,9 +53,9 @@ class DmaBufBacking(SharedBacking):
         self._began = False
 
     def duplicate(self) -> int:
-        """Return another descriptor of the dma-buf."""
+        """Return another descriptor of the dma-buf. Raises as `dma_buf.duplicate`."""
         with self._shared.fd.use() as fd:
-            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            return dma_buf.duplicate_known(fd)
 
     def pin(self) -> None:
         """Begin accesses by the processor."""

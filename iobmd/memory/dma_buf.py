@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iobmd._native.mapping import Mapping
-from iobmd.errors import BadArgumentError, IOReturnError, NoResourcesError, NotPrivilegedError, UnsupportedError
+from iobmd.errors import (
+    NO_DESCRIPTOR,
+    BadArgumentError,
+    IOReturnError,
+    NoResourcesError,
+    NotPrivilegedError,
+    UnsupportedError,
+)
 from iobmd.host import headroom, limits
 from iobmd.memory.shmem import create_memfd
 from iobmd.units import PAGE_SIZE, format_size
@@ -174,10 +181,17 @@ def duplicate(fd: int) -> int:
     """
     try:
         is_dma_buf = b"exp_name" in _information(fd)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise limits.from_oserror(error, "cannot use a dma-buf") from None
         raise BadArgumentError(f"{fd} is not a usable file descriptor: {error}") from None
     if not is_dma_buf:
         raise BadArgumentError(f"the descriptor {fd} does not belong to a dma-buf")
+    return duplicate_known(fd)
+
+
+def duplicate_known(fd: int) -> int:
+    """As `duplicate`, of a descriptor that is known to belong to a dma-buf."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     except OSError as error:
@@ -190,8 +204,11 @@ def size_of(fd: int) -> int:
 
 
 def references(fd: int) -> int:
-    """Return how many descriptors, mappings and drivers use a dma-buf, `fd` included."""
-    return int(_information(fd).get(b"count", b"1"))
+    """Return how many descriptors, mappings and drivers use a dma-buf, `fd` included. Raises as `duplicate`."""
+    try:
+        return int(_information(fd).get(b"count", b"1"))
+    except OSError as error:
+        raise limits.from_oserror(error, "cannot count the users of a dma-buf") from None
 
 
 def _information(fd: int) -> dict[bytes, bytes]:

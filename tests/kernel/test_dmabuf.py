@@ -1,9 +1,11 @@
 """dma-bufs: what is refused, on any host. Guests have the devices (tests/vm/test_dmabuf.py)."""
 
 import os
+import resource
 from collections.abc import Callable
 
 import pytest
+from support.child import in_child
 from support.errors import code_of
 
 import iobmd
@@ -51,6 +53,24 @@ def test_descriptors_that_are_no_dma_bufs() -> None:
                 dmabuf.attach(fd, wrong)  # type: ignore[arg-type]
     finally:
         os.close(fd)
+
+
+def test_no_descriptor_is_free_to_examine_one() -> None:
+    def refused() -> IOReturn:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        return code_of(lambda: dmabuf.attach(0, "inout"))
+
+    assert in_child(refused) == IOReturn.kIOReturnNoResources
+
+
+@pytest.mark.needs("numpy")
+@pytest.mark.parametrize(("kind", "size"), [("uint8", 200), ("int16", 32767), ("int32", (1 << 31) - 1)])
+def test_a_narrow_size(kind: str, size: int) -> None:
+    """The size of whole pages does not fit into the type. The heap may be missing, but the size is positive."""
+    import numpy
+
+    with pytest.raises(iobmd.UnsupportedError, match="no dma-buf heap"):
+        dmabuf.allocate(getattr(numpy, kind)(size), heap="missing")
 
 
 @pytest.mark.parametrize("heap", ["..", "a/b", ""])

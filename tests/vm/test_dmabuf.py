@@ -5,11 +5,13 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from support.child import in_child
 from support.errors import code_of
 from support.ring import Ring
 
@@ -143,6 +145,49 @@ def test_limits_are_named() -> None:
         LIMIT.write_text(before)
     assert "size_limit_mb=1" in str(caught.value)
     assert "echo 2 >" in str(caught.value)
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Leave `count` numbers of descriptors free during the block."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    used = []
+    try:
+        with suppress(OSError):
+            while True:
+                used.append(os.dup(1))
+        for number in used[:count]:
+            os.close(number)
+        yield
+    finally:
+        for number in used[count:]:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.needs("udmabuf")
+def test_no_descriptor_is_free() -> None:
+    """Whichever descriptor is missing, the error names the limit, and no dma-buf remains: the memory can be freed."""
+
+    def exported_with(free: int, memory: iobmd.IOMemoryDescriptor) -> IOReturn | None:
+        with descriptors_left(free):
+            try:
+                os.close(dmabuf.export(memory))
+            except iobmd.IOReturnError as error:
+                return error.code
+        return None
+
+    def outcomes() -> list[IOReturn | None]:
+        with ExitStack() as stack:
+            parts = [stack.enter_context(iobmd.allocate(64 * KIB, shared=True)) for _ in range(3)]
+            whole = stack.enter_context(iobmd.IOMultiMemoryDescriptor.withDescriptors(parts, 3))
+            return [exported_with(free, whole) for free in range(6)]
+
+    found = in_child(outcomes)
+    assert found[0] == IOReturn.kIOReturnNoResources
+    assert found[-1] is None
+    assert set(found) == {IOReturn.kIOReturnNoResources, None}
 
 
 @pytest.mark.needs("udmabuf")
