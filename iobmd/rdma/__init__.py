@@ -43,8 +43,8 @@ def register(descriptor: IOMemoryDescriptor, pd: PD, access: int) -> MemoryRegio
         `kIOReturnUnsupported`: pyverbs is not installed, purgeable memory, memory of a device or of a dma-buf, memory
         that is mapped nowhere in this process, or a device that refuses this access. `kIOReturnBadArgument`: an
         invalid combination of accesses. `kIOReturnCannotWire`: RLIMIT_MEMLOCK, with what the region and iobmd pin.
-        `kIOReturnNotPermitted`: `kIOMemoryHostOnly`. `kIOReturnVMError`: the program has unmapped memory. After an
-        error, nothing is registered or pinned.
+        `kIOReturnNotPermitted`: `kIOMemoryHostOnly`. `kIOReturnVMError`: the program has unmapped memory.
+        `kIOReturnNotOpen`: `pd` is closed. After an error, nothing is registered or pinned.
 
     Notes
     -----

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from pyverbs.device import Context
 from pyverbs.mr import MR
 from pyverbs.pd import PD
 from pyverbs.pyverbs_error import PyverbsRDMAError
@@ -18,6 +20,7 @@ from iobmd.backing.dma_buf import DmaBufBacking
 from iobmd.constants import IOMapOptions
 from iobmd.descriptors import registrations
 from iobmd.descriptors.device_access import require_device_access
+from iobmd.descriptors.options import check_within
 from iobmd.errors import (
     BadArgumentError,
     BusyError,
@@ -54,6 +57,7 @@ class MemoryRegion(MR):  # type: ignore[misc]
 
     def __init__(self, descriptor: IOMemoryDescriptor, pd: PD, access: int) -> None:
         check_type(PD, pd=pd)
+        _require_open_domain(pd)
         _require_registrable(descriptor)
         with ExitStack() as undo:
             # The memory is neither freed nor reused while it is viewed.
@@ -122,6 +126,25 @@ class MemoryRegion(MR):  # type: ignore[misc]
         if not self.is_open:
             raise NotOpenError("this MemoryRegion is closed")
 
+    def write(self, data: bytes | str, length: int, offset: int = 0) -> None:
+        """Copy the first `length` bytes of `data` to `offset`. pyverbs does not check that they are in either.
+
+        Raises
+        ------
+        IOReturnError
+            `kIOReturnNotOpen`; `kIOReturnBadArgument`.
+        """
+        content = data.encode() if isinstance(data, str) else data
+        check_within(0, length, len(content), "the data")
+        offset, length = check_within(offset, length, self.length, self)
+        super().write(content, length, offset)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return `length` bytes, starting at `offset`. Raises as `write`."""
+        offset, length = check_within(offset, length, self.length, self)
+        found: bytes = super().read(length, offset)
+        return found
+
     def close(self) -> None:
         """End the registration: the device no longer accesses the memory. Idempotent.
 
@@ -158,6 +181,16 @@ class MemoryRegion(MR):  # type: ignore[misc]
     def __repr__(self) -> str:
         state = f"{self._length} bytes at {self._address:#x}, rkey {self._keys[1]:#x}" if self.is_open else "closed"
         return f"<{type(self).__name__} {state}>"
+
+
+def _require_open_domain(pd: PD) -> None:
+    """Raise `kIOReturnNotOpen` for a protection domain that is closed, alone or with its context.
+
+    pyverbs would pass a null pointer to libibverbs, which ends the process, and its properties dereference that
+    pointer too. But an open domain refers to its context, and `PD.close` ends that reference.
+    """
+    if not any(isinstance(one, Context) for one in gc.get_referents(pd)):
+        raise NotOpenError("the protection domain is closed")
 
 
 def _require_registrable(descriptor: IOMemoryDescriptor) -> None:

@@ -198,7 +198,30 @@ def test_regions_end_with_their_domain(pairs) -> None:
             assert code_of(lambda member=member: getattr(region, member)) == IOReturn.kIOReturnNotOpen
         assert "closed" in repr(region)
         region.close()
+        assert code_of(lambda: rdma.register(buffer, domain, READ)) == IOReturn.kIOReturnNotOpen
         buffer.free()
+
+
+def test_bytes_outside_of_a_region(domain) -> None:
+    """pyverbs would copy them: from behind the memory and the data, and over other memory."""
+    with (
+        iobmd.allocate(2 * PAGE_SIZE) as buffer,
+        iobmd.IOSubMemoryDescriptor.withSubRange(buffer, 0, PAGE_SIZE, iobmd.kIODirectionInOut) as part,
+        rdma.register(part, domain, LOCAL_WRITE) as region,
+    ):
+        region.write("ab", 2, PAGE_SIZE - 2)
+        assert region.read(2, PAGE_SIZE - 2) == part.readBytes(PAGE_SIZE - 2, 2) == b"ab"
+        for access in (
+            lambda: region.write(b"x" * PAGE_SIZE, PAGE_SIZE, 1),
+            lambda: region.write(b"x", 1, -1),
+            lambda: region.write(b"x", 2),
+            lambda: region.read(PAGE_SIZE, 1),
+            lambda: region.read(1, -1),
+        ):
+            assert code_of(access) == IOReturn.kIOReturnBadArgument
+        assert buffer.readBytes(PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+    for access in (lambda: region.write(b"x", 1), lambda: region.read(1, 0)):
+        assert code_of(access) == IOReturn.kIOReturnNotOpen
 
 
 @pytest.mark.usefixtures("nothing_left")
