@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from iobmd._native import mapping as native
 from iobmd._native import pagemap
 from iobmd.backing.mapped import span
-from iobmd.backing.pageless import PagelessBacking
+from iobmd.backing.pageless import PagelessBacking, collected
 from iobmd.errors import UnsupportedError
 from iobmd.memory import shmem
 from iobmd.memory.mlock import Wiring
@@ -72,9 +72,7 @@ class DeviceBacking(PagelessBacking):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes, starting at `offset`, by the widest aligned accesses."""
-        data = bytearray(length)
-        self.read_into(offset, data)
-        return bytes(data)
+        return collected(self, offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` with the bytes at `offset`, by the widest aligned accesses."""

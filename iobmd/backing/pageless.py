@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 from iobmd.backing.mapped import span
 from iobmd.constants import IOMapOptions
 from iobmd.errors import NamedError, UnsupportedError
+from iobmd.host import headroom
 from iobmd.memory.mlock import Wiring
 from iobmd.units import PAGE_SIZE
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from iobmd._native.pagemap import RunTable
+    from iobmd.backing import Backing
     from iobmd.memory.shmem import FileExtent, SharedObject
     from iobmd.purgeable import Purgeable
     from iobmd.task.task import Task
@@ -140,3 +142,11 @@ class PagelessBacking:
 
     def close(self) -> None:
         """Do nothing, as `seal`."""
+
+
+def collected(backing: Backing, offset: int, length: int) -> bytes:
+    """Return bytes that can only be read into a buffer. Raises `kIOReturnNoMemory` if they do not fit twice."""
+    headroom.require(2 * length, swappable=True)
+    data = bytearray(length)
+    backing.read_into(offset, data)
+    return bytes(data)

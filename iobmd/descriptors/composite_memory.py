@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from iobmd._native.pagemap import concatenated
-from iobmd.backing.pageless import PagelessBacking
+from iobmd.backing.pageless import PagelessBacking, collected
 from iobmd.constants import IOMapOptions
 from iobmd.errors import BadArgumentError, IOReturnError, NotFoundError, UnsupportedError
 from iobmd.memory.mlock import Wiring
@@ -169,9 +169,7 @@ class CompositeBacking:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes, starting at `offset`."""
-        data = bytearray(length)
-        self.read_into(offset, data)
-        return bytes(data)
+        return collected(self, offset, length)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` with the bytes at `offset`."""

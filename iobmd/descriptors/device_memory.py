@@ -63,7 +63,8 @@ class IODeviceMemory(IOMemoryDescriptor):
         ------
         IOReturnError
             `kIOReturnBadArgument`. Maps and accesses raise `kIOReturnUnsupported` (no /dev/mem),
-            `kIOReturnNotPrivileged` and `kIOReturnNotPermitted`, with the reason.
+            `kIOReturnNotPrivileged` and `kIOReturnNotPermitted`, with the reason, and `kIOReturnBadArgument` for
+            addresses that this processor cannot generate.
         """
         start, length = integers(start=start, length=length)
         return cls._of_region(PhysicalRegion(start, length))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from iobmd.errors import IOReturnError
 
 _FILE = "/dev/mem"
+_END = 1 << 63
+"""The end of the offsets in a file."""
 
 
 class PhysicalRegion(Region):
@@ -50,6 +52,16 @@ class PhysicalRegion(Region):
                 self._file = opened(_FILE, self.what, absent, os.O_SYNC)
             return self._file
 
+    def pages(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the offset in the file, and the size, of the pages that contain a range, as `Region.pages`."""
+        start, size = super().pages(offset, length)
+        if start + size > _END:
+            raise self._out_of_reach()
+        return start, size
+
+    def _out_of_reach(self) -> BadArgumentError:
+        return BadArgumentError(f"{self.what} cannot be mapped: this processor cannot generate the address")
+
     def refusal(self, error: OSError) -> IOReturnError | None:
         """Return the error for an mmap(2) that failed, as `Region.refusal`."""
         if error.errno == errno.EPERM:
@@ -58,4 +70,6 @@ class PhysicalRegion(Region):
                 "belongs to a driver (CONFIG_IO_STRICT_DEVMEM), or the kernel is locked down; /proc/iomem lists both"
             )
             return NotPermittedError(message, errno.EPERM)
+        if error.errno in (errno.EINVAL, errno.EOVERFLOW):
+            return self._out_of_reach()
         return super().refusal(error)

@@ -1,5 +1,6 @@
 """Registers in maps of main memory, and what is refused without a device. Devices: tests/vm."""
 
+import contextlib
 import mmap
 import os
 import threading
@@ -211,6 +212,31 @@ def test_ranges_that_do_not_exist(start: int, length: int) -> None:
         lambda: IOMemoryDescriptor.withPhysicalAddress(start, length, iobmd.kIODirectionIn),
     ):
         assert code_of(describe) == IOReturn.kIOReturnBadArgument
+
+
+@pytest.mark.parametrize("start", [(1 << 63) - PAGE_SIZE, 1 << 63, (1 << 64) - 2 * PAGE_SIZE])
+def test_addresses_that_no_processor_generates(start: int) -> None:
+    """They are refused before the file is opened."""
+    with IODeviceMemory.withRange(start, 2 * PAGE_SIZE) as memory:
+        assert memory.getPhysicalAddress() == start
+        for access in (
+            memory.map,
+            lambda: memory.readBytes(PAGE_SIZE, 1),
+            lambda: memory.writeBytes(PAGE_SIZE, b"x"),
+        ):
+            assert code_of(access) == IOReturn.kIOReturnBadArgument
+
+
+def test_more_bytes_than_memory_are_not_collected() -> None:
+    """The size is checked before memory is allocated for the copy: the kernel would end processes later."""
+    with IODeviceMemory.withRange(0, 1 << 60) as memory:
+        assert code_of(lambda: memory.readBytes(0, 1 << 46)) == IOReturn.kIOReturnNoMemory
+    with contextlib.ExitStack() as stack:
+        whole: IOMemoryDescriptor = stack.enter_context(iobmd.allocate(1 << 20, wired=False))
+        while len(whole) < 1 << 46:
+            doubled = iobmd.IOMultiMemoryDescriptor.withDescriptors([whole, whole], iobmd.kIODirectionInOut)
+            whole = stack.enter_context(doubled)
+        assert code_of(lambda: whole.readBytes(0, 1 << 46)) == IOReturn.kIOReturnNoMemory
 
 
 def test_main_memory_is_not_mapped_by_its_physical_address() -> None:

@@ -295,6 +295,9 @@ def test_dev_mem(pattern: bytes) -> None:
         assert described.segments() == buffer.segments()
         code, message = refusal(lambda: described.readBytes(0, 1))
         assert (code, "CONFIG_STRICT_DEVMEM" in message) == (IOReturn.kIOReturnNotPermitted, True)
+    with IODeviceMemory.withRange(1 << 55, 8) as absent:
+        code, message = refusal(absent.map)
+        assert (code, "cannot generate the address" in message) == (IOReturn.kIOReturnBadArgument, True)
 
 
 def test_a_uio_map(pattern: bytes) -> None:
