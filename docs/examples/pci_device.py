@@ -1,6 +1,7 @@
 """A PCI device that a program drives: its registers, bus mastering, and interrupts, with uio_pci_generic."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -41,12 +42,15 @@ class Device:
         driver = (self._folder / "driver").readlink().name if (self._folder / "driver").exists() else None
         if driver not in (None, _NEUTRAL):
             raise OSError(f"{name} is bound to the driver {driver}: echo {name} > {self._folder}/driver/unbind")
-        self._enabled_here = driver is None
-        if self._enabled_here:
-            (self._folder / "enable").write_text("1")
-        self._command(set_bits=MEMORY_SPACE | BUS_MASTER)
-        self.registers = IODeviceMemory.ofPCI(name, 0).map()
-        self.interrupts = IOInterruptEventSource.ofUIO(name) if driver else None
+        with ExitStack() as undo:  # also if a later step fails
+            if driver is None:
+                (self._folder / "enable").write_text("1")
+                undo.callback((self._folder / "enable").write_text, "0")
+            undo.callback(self._command, clear_bits=BUS_MASTER, set_bits=INTX_DISABLE)
+            self._command(set_bits=MEMORY_SPACE | BUS_MASTER)
+            self.registers = undo.enter_context(IODeviceMemory.ofPCI(name, 0).map())
+            self.interrupts = undo.enter_context(IOInterruptEventSource.ofUIO(name)) if driver else None
+            self._opened = undo.pop_all()
 
     def wait(self, seconds: float) -> None:
         """Wait for an interrupt, if there are any, otherwise let other threads run."""
@@ -58,12 +62,7 @@ class Device:
 
     def close(self) -> None:
         """Disable DMA of the device and unmap its registers."""
-        self._command(clear_bits=BUS_MASTER, set_bits=INTX_DISABLE)
-        if self.interrupts:
-            self.interrupts.close()
-        self.registers.unmap()
-        if self._enabled_here:
-            (self._folder / "enable").write_text("0")
+        self._opened.close()
 
     def _command(self, set_bits: int = 0, clear_bits: int = 0) -> None:
         with (self._folder / "config").open("r+b", buffering=0) as config:

@@ -14,6 +14,8 @@ from support.core_file import Core
 from support.examples import EXAMPLES, run
 from support.targets import Target, build, until_at_rest
 
+import iobmd
+
 MIGRATION = EXAMPLES.parent / "migration"
 MIB = 1 << 20
 
@@ -40,6 +42,22 @@ def test_gpu_copies_are_measured_or_the_reason_is_printed() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     # Without a GPU: a library that is missing, or the error of one without a device.
     assert re.match(r"not measured: .*(cuda|CUDA).*; .*(hip|ROCm)|(CUDA|ROCm), 16 MiB", done.stdout), done.stdout
+
+
+def test_a_device_whose_registers_cannot_be_mapped_is_disabled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are ordinary: no device has them, so that the registers cannot be described."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from pci_device import BUS_MASTER, Device
+
+    (tmp_path / "class").write_text("0x020000\n")
+    (tmp_path / "enable").write_text("0")
+    (tmp_path / "config").write_bytes(bytes(64))
+    with pytest.raises(iobmd.BadArgumentError, match="not a PCI address"):
+        Device(str(tmp_path), 0x020000)
+    assert (tmp_path / "enable").read_text() == "0"
+    assert not (tmp_path / "config").read_bytes()[4] & BUS_MASTER
 
 
 def port(name: str, *arguments: str) -> str:
