@@ -170,23 +170,25 @@ class IOMapper(Uncopyable):
         self, descriptor: IOMemoryDescriptor, memory: MemoryOwner, access: int, alignment: int, highest: int | None
     ) -> IOVMRange:
         attachment, length = self._open(), descriptor.getLength()
-        with device_pages.of_memory(memory, length) as parts:
-            size = sum(part.size for part in parts)
-            alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)  # for larger pages
-            address = self._addresses.allocate(size, alignment, highest)
-            if address is None:
-                message = f"{self.name} has no {format_size(size)} of free addresses"
-                raise NoResourcesError(message)
-            with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo:  # outermost: Ctrl-C may follow each step
+            with device_pages.of_memory(memory, length) as parts:
+                size = sum(part.size for part in parts)
+                # The IOMMU then uses larger pages.
+                alignment = max(alignment, HUGE_PAGE_SIZE if size >= HUGE_PAGE_SIZE else PAGE_SIZE)
+                address = self._addresses.allocate(size, alignment, highest)
+                if address is None:
+                    message = f"{self.name} has no {format_size(size)} of free addresses"
+                    raise NoResourcesError(message)
                 undo.callback(self._addresses.release, address, size)
                 end = address
                 for part in parts:
-                    undo.callback(_unmap_if_mapped, attachment, end, part.size)  # Ctrl-C may follow the mapping
+                    undo.callback(_unmap_if_mapped, attachment, end, part.size)
                     attachment.map(part.address, end, part.size, access)
                     end += part.size
-                undo.pop_all()
-        prepared = IOVMRange(self, descriptor, memory, (address, size), length)
-        self._ranges.add(prepared)
+            prepared = IOVMRange(descriptor, memory, (address, size), length)
+            self._ranges.add(prepared)
+            undo.pop_all()
+            prepared._mapper = self
         return prepared
 
     def _unmap(self, prepared: IOVMRange, address: int, size: int) -> None:
@@ -367,12 +369,12 @@ class IOVMRange(Uncopyable):
 
     def __init__(
         self,
-        mapper: IOMapper,
         descriptor: IOMemoryDescriptor,
         memory: MemoryOwner,
         mapped: tuple[int, int],
         length: int,
     ) -> None:
+        self._mapper: IOMapper | None = None  # set when it is mapped
         self._mapped, self._pinned = mapped, memory
         self.address = mapped[0] + memory.require_backing().in_page(0)
         """The device's address of the first byte."""
@@ -380,7 +382,6 @@ class IOVMRange(Uncopyable):
         """In bytes: the length of the descriptor when it was mapped."""
         self.descriptor = descriptor
         """The memory."""
-        self._mapper: IOMapper | None = mapper
 
     def segments(self) -> list[PhysicalSegment]:
         """Return its single segment, like `IOMemoryDescriptor.segments`."""

@@ -5,14 +5,17 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 from support.errors import code_of
 
 import iobmd
 from iobmd import IOBufferMemoryDescriptor, IOReturn, IOReturnError, iommu
-from iobmd.iommu import IOMapper, absence, vfio
+from iobmd.descriptors.ownership import MemoryOwner
+from iobmd.iommu import IOMapper, absence, device_pages, vfio
 from iobmd.iommu.addresses import Addresses
 
 MIB = 1 << 20
@@ -164,6 +167,27 @@ def test_addresses_are_translated_while_others_are_mapped(mapper: IOMapper) -> N
             for thread in threads:
                 thread.join()
             sys.setswitchinterval(before)
+
+
+def test_an_interrupt_after_the_mapping_undoes_it(mapper: IOMapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the temporary mapping of memory that is mapped in no task ends."""
+    of_memory = device_pages.of_memory
+
+    @contextmanager
+    def interrupted(memory: MemoryOwner, length: int) -> Iterator[list[device_pages.Pages]]:
+        with of_memory(memory, length) as parts:
+            yield parts
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device_pages, "of_memory", interrupted)
+    with iobmd.allocate(4096, task=None) as buffer:
+        with pytest.raises(KeyboardInterrupt):
+            mapper.prepare(buffer)
+        assert not cast("Attached", mapper._attachment).recorded
+        monkeypatch.undo()
+        with mapper.prepare(buffer) as prepared:
+            assert prepared.address == 4096
+        buffer.free()  # it was unpinned once for each pin
 
 
 @pytest.mark.usefixtures("attached")
