@@ -301,7 +301,7 @@ class IOMapper(Uncopyable):
         for prepared in self._ranges.all():
             offset = mappedAddress - prepared.address
             if 0 <= offset < prepared.length:
-                return prepared.descriptor.getPhysicalSegment(offset)[0]
+                return prepared._physical(offset)
         return 0
 
     # --- the device
@@ -382,6 +382,11 @@ class IOVMRange(Uncopyable):
         """In bytes: the length of the descriptor when it was mapped."""
         self.descriptor = descriptor
         """The memory."""
+
+    def _physical(self, offset: int) -> int:
+        """Return the physical address of a byte, also of one that the descriptor's length no longer includes."""
+        memory = self._pinned
+        return memory.runs().segment(memory.require_backing().address + offset, 1)[0]
 
     def segments(self) -> list[PhysicalSegment]:
         """Return its single segment, like `IOMemoryDescriptor.segments`."""

@@ -169,6 +169,16 @@ def test_addresses_are_translated_while_others_are_mapped(mapper: IOMapper) -> N
             sys.setswitchinterval(before)
 
 
+@pytest.mark.needs("frames")
+def test_a_buffer_that_is_shortened_remains_mapped(mapper: IOMapper) -> None:
+    with iobmd.allocate(64 << 10) as buffer, mapper.prepare(buffer) as prepared:
+        expected = [buffer.getPhysicalSegment(offset)[0] for offset in (0, 40_000, (64 << 10) - 1)]
+        buffer.setLength(100)
+        found = [mapper.mapToPhysicalAddress(prepared.address + offset) for offset in (0, 40_000, (64 << 10) - 1)]
+        assert found == expected
+        assert mapper.mapToPhysicalAddress(prepared.address + (64 << 10)) == 0
+
+
 def test_an_interrupt_after_the_mapping_undoes_it(mapper: IOMapper, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the temporary mapping of memory that is mapped in no task ends."""
     of_memory = device_pages.of_memory
