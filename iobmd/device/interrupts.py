@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from iobmd._internal import with_block
 from iobmd._internal.arguments import check_numbers, check_type, integers
-from iobmd._internal.process_local import Fd
 from iobmd._internal.uncopyable import Uncopyable
 from iobmd.constants import IOReturn, kIOReturnSuccess
 from iobmd.device.uio import UIOLine
-from iobmd.device.vfio import VFIOLine
+from iobmd.device.vfio import VFIOLine, eventfd
 from iobmd.errors import BadArgumentError, NotOpenError
 
 if TYPE_CHECKING:
+    from iobmd._internal.process_local import Fd
     from iobmd.device.vfio import Attached
 
 _LONGEST = 3600.0
@@ -61,10 +61,14 @@ class IOInterruptEventSource(Uncopyable):
     """
 
     def __init__(self, line: _Line, provider: object, number: int) -> None:
+        try:
+            self._closing = eventfd("this IOInterruptEventSource")
+        except BaseException:
+            line.close()
+            raise
         self._line: _Line | None = line
         self._provider, self._number = provider, number
         self._maker = os.getpid()
-        self._closing = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "this IOInterruptEventSource")
         self._enabled = True
         self.count = 0
         """Interrupts that were read since the source was created."""
@@ -82,7 +86,8 @@ class IOInterruptEventSource(Uncopyable):
         ------
         IOReturnError
             `kIOReturnNoDevice`: no such device; the message names the commands that bind a PCI device to
-            uio_pci_generic. `kIOReturnNotPrivileged`: /dev/uioN may not be opened.
+            uio_pci_generic. `kIOReturnNotPrivileged`: /dev/uioN may not be opened. `kIOReturnNoResources`: no file
+            descriptor is free.
 
         Notes
         -----
@@ -114,7 +119,7 @@ class IOInterruptEventSource(Uncopyable):
         ------
         IOReturnError
             `kIOReturnBadArgument`: the device has no such interrupt. `kIOReturnBusy`: it has a user, or interrupts of
-            another kind are enabled.
+            another kind are enabled. `kIOReturnNoResources`: no file descriptor, or no vector of the host, is free.
 
         Notes
         -----

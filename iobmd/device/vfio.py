@@ -73,14 +73,28 @@ def capabilities(info: bytearray, first: int) -> dict[int, int]:
 
 
 def _own(device: Attached) -> Fd:
-    """Return a descriptor of the device that remains open when its mapper is closed.
+    """Return a descriptor of the device that remains open when its mapper is closed. Raises as `Attached.fileno`.
 
-    Raises TypeError for an object without the methods of a mapper, whose class this module may not import.
+    Raises TypeError for an object without the methods of a mapper, whose class this module may not import, and
+    `kIOReturnNoResources` if no file descriptor is free.
     """
     if not hasattr(device, "iovmMapMemory"):
         raise TypeError(f"mapper must be an IOMapper, not {device!r}")
-    number = fcntl.fcntl(device.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
-    return Fd(number, f"VFIO's descriptor of {device.name}")
+    number, what = device.fileno(), f"VFIO's descriptor of {device.name}"
+    try:
+        own = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 0), what)
+    except OSError as error:
+        raise limits.from_oserror(error, f"cannot duplicate {what}") from None
+    device.fileno()  # raises if another thread has closed it: the number may have been that of another device
+    return own
+
+
+def eventfd(what: str) -> Fd:
+    """Return an eventfd. Raises `kIOReturnNoResources` if no file descriptor is free."""
+    try:
+        return Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), what)
+    except OSError as error:
+        raise limits.from_oserror(error, f"cannot create {what}") from None
 
 
 class VFIORegion(Region):
@@ -293,7 +307,7 @@ class VFIOLine:
             if kind is None:
                 kind = next((one for one in _PREFERRED if _kind_of(device_file, one).number), None)
             found = _require_kind(device_file, device.name, kind, number)
-            self.file = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), f"interrupt {number} of {device.name}")
+            self.file = eventfd(f"interrupt {number} of {device.name}")
         except BaseException:
             device_file.close()
             raise

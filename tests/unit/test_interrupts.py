@@ -2,9 +2,10 @@
 
 import math
 import os
+import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -109,3 +110,49 @@ def test_other_objects_than_mappers(mapper: object) -> None:
     for create in (IOInterruptEventSource.ofVFIO, IODeviceMemory.ofVFIO):
         with pytest.raises(TypeError, match="mapper must be an IOMapper"):
             create(mapper, 0)  # type: ignore[operator]
+
+
+class ClosedBetween:
+    """A mapper that another thread closes while its descriptor is duplicated."""
+
+    name = "0000:00:01.0"
+    iovmMapMemory = None  # noqa: N815 (IOKit's)
+
+    def __init__(self, calls: int = 1) -> None:
+        self._number, self._calls = os.open(os.devnull, os.O_RDWR), calls
+
+    def fileno(self) -> int:
+        self._calls -= 1
+        if self._calls < 0:
+            os.close(self._number)
+            raise NotOpenError("closed")
+        return self._number
+
+
+CREATORS = [IOInterruptEventSource.ofVFIO, IODeviceMemory.ofVFIO]
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("create", CREATORS)
+def test_a_mapper_that_is_closed_between(create: Callable[..., object]) -> None:
+    """What was duplicated may be the descriptor of another device."""
+    assert code_of(lambda: create(ClosedBetween(), 0)) == IOReturn.kIOReturnNotOpen
+
+
+@pytest.mark.parametrize("create", CREATORS)
+def test_no_descriptor_is_free(create: Callable[..., object]) -> None:
+    def refused() -> IOReturn:
+        mapper = ClosedBetween(9)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, 1))
+        return code_of(lambda: create(mapper, 0))
+
+    assert in_child(refused) == IOReturn.kIOReturnNoResources
+
+
+def test_no_descriptor_is_free_for_a_source() -> None:
+    def refused() -> tuple[IOReturn, bool]:
+        line = Line()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, 1))
+        return code_of(lambda: IOInterruptEventSource(line, None, 0)), line.file.closed
+
+    assert in_child(refused) == (IOReturn.kIOReturnNoResources, True)
