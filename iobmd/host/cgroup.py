@@ -64,7 +64,7 @@ def membership(pid: int | None = None) -> str:
     The text changes when the process is moved to another group.
     """
     try:
-        path = "/proc/self/cgroup" if pid in (None, os.getpid()) else procfs.memory_file(pid, "cgroup")
+        path = "/proc/self/cgroup" if pid is None or pid == os.getpid() else procfs.memory_file(pid, "cgroup")
     except OSError:  # the process has exited
         return ""
     return read_text(path) or ""

@@ -1,13 +1,12 @@
 """The result of a probe, and helpers of probes: reading optional files, a scratch page."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
 from iobmd import procfs, units
-from iobmd._native import mapping
+from iobmd._native import mapping, maps
 
 JSON: TypeAlias = bool | int | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -50,8 +49,7 @@ class Fact(NamedTuple):
 def read_text(path: str) -> str | None:
     """Return the text of a kernel file without its last newline, or None if it is missing or unreadable."""
     try:
-        with open(path, "rb", buffering=0) as file:  # half the time of a text file
-            return os.fsdecode(file.readall()).rstrip("\n")
+        return maps.read_text(path).rstrip("\n")
     except OSError:
         return None
 

@@ -309,8 +309,8 @@ def _short(page_size: int) -> str:
 class _Recent:
     """The coverage of this process's last check. Races between threads only change how often a check is made.
 
-    A check takes 60 to 110 µs (measured, three levels of cgroups), as long as populating 1 MiB. A covered request
-    takes 9 µs, mostly to verify that the process was not moved to another cgroup.
+    A check takes 60 to 90 µs (measured, three levels of cgroups), as long as populating 1 MiB. A covered request
+    takes 5 µs, mostly to verify that the process was not moved to another cgroup.
     """
 
     def __init__(self) -> None:

@@ -288,3 +288,20 @@ def test_one_area_of_many_is_found_without_the_others(separate_pages: SeparatePa
     made_and_prepared()  # opens descriptors that remain open
     assert whole > 300 * 40
     assert read_bytes(made_and_prepared) < 1024
+
+
+def test_text_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file\udcff"
+    for content in (b"", b"one line\n", b"\xff\0" * 5000, b"x" * (16 << 10)):
+        file.write_bytes(content)
+        assert os.fsencode(maps.read_text(str(file))) == content
+    assert maps.read_text("/proc/self/mountinfo").encode() == Path("/proc/self/mountinfo").read_bytes()
+
+
+def test_text_of_no_file(tmp_path: Path) -> None:
+    for place, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(kind) as caught:
+            maps.read_text(str(place))
+        assert caught.value.filename == str(place)
+    with pytest.raises(ValueError, match="null byte"):
+        maps.read_text("/proc\0/self")
