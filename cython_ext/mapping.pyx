@@ -663,6 +663,13 @@ cdef class Mapping:
         """Undo `hold`."""
         self._end_use()
 
+    def __enter__(self):
+        """Return it, for blocks in which other memory is mapped temporarily; it remains mapped after the block."""
+        return self
+
+    def __exit__(self, *_error):
+        pass
+
     def seal(self):
         """Prevent new uses; raise BufferError while a view exists or a copy is in progress."""
         if self.users:

@@ -43,10 +43,13 @@ cdef class Guard:
         self._owner = 0
         self._made_in = _generation
 
+    cdef bint _is_mine(self) noexcept:
+        return self._made_in == _generation and self._owner == PyThread_get_thread_ident()
+
     @property
     def mine(self):
         """Whether this thread is inside."""
-        return self._made_in == _generation and self._owner == PyThread_get_thread_ident()
+        return self._is_mine()
 
     def reentered(self):
         """Raise the error for a reentry by this thread."""
@@ -54,7 +57,11 @@ cdef class Guard:
 
     def enter(self):
         """Enter it, until `leave`; return True. Deferred actions are called first."""
-        if self.mine:
+        self._enter()
+        return True
+
+    cdef int _enter(self) except -1:
+        if self._is_mine():
             self.reentered()
         if self._made_in != _generation:
             self._renew()
@@ -62,10 +69,10 @@ cdef class Guard:
         self._owner = PyThread_get_thread_ident()
         if self._deferred:
             self._call_all_deferred()
-        return True
+        return 0
 
     def __enter__(self):
-        self.enter()
+        self._enter()
 
     def enter_if_free(self):
         """Enter it unless a thread is inside; return whether it was entered, and must be left by `leave`."""
@@ -78,13 +85,17 @@ cdef class Guard:
 
     def leave(self):
         """Leave it, and call the actions that were deferred; does nothing if this thread is not inside."""
-        if self.mine:
+        self._leave()
+
+    cdef int _leave(self) except -1:
+        if self._is_mine():
             self._release()
             if self._deferred:
                 self._call_deferred()
+        return 0
 
     def __exit__(self, *_error):
-        self.leave()
+        self._leave()
 
     def when_free(self, action):
         """Call `action` from inside, without waiting: now, or as soon as the thread that is inside leaves.

@@ -38,7 +38,7 @@ def round_down(value: int, multiple: int) -> int:
 
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below `value`."""
-    return round_down(value + multiple - 1, multiple)
+    return value + -value % multiple
 
 
 def is_power_of_two(value: int) -> bool:

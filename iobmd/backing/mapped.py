@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from iobmd import pagemap
@@ -49,7 +48,7 @@ class MappedBacking(Pinned):
 
     def here(self, *, populated: bool = False) -> AbstractContextManager[Mapping]:  # noqa: ARG002 (a subclass's)
         """Map it in this process inside a `with` block; `populated`: with all its pages present."""
-        return contextlib.nullcontext(self.mapping)
+        return self.mapping
 
     def treat_caches(self, how: int) -> None:
         """Set how copies treat the processor caches, as `Mapping.cache`."""
@@ -66,19 +65,23 @@ class MappedBacking(Pinned):
     def pin(self) -> None:
         """Pin every page, and read its frame. Raises `kIOReturnCannotWire`, `kIOReturnNoMemory`."""
         with self.here() as mapping:
-            self._require_room(mapping, 0, self.size, swappable=False)
-            pin = pinning.Pin(mapping.address, self.size)
+            size = self.size
+            self._require_room(mapping, 0, size, swappable=False)
+            pin = pinning.Pin(mapping.address, size)
         self._hold_pin(pin)
 
     def _require_room(self, mapping: Mapping, offset: int, length: int, *, swappable: bool = True) -> None:
         """Check that the pages of a range can be faulted in. Hugetlb pages are reserved for their mapping."""
-        if self._wired or self._pin or not length or (self.shared and self.shared.page > PAGE_SIZE):
+        if self._wired or self._pin or not length:
+            return
+        shared = self.shared
+        if shared and shared.page > PAGE_SIZE:
             return
         first, end = round_down(offset, PAGE_SIZE), round_up(offset + length, PAGE_SIZE)
-        shared = self.shared is not None
+        is_shared = shared is not None
         mapping.hold()
         try:
-            residency.require(mapping.address + first, end - first, swappable=swappable, shared=shared)
+            residency.require(mapping.address + first, end - first, swappable=swappable, shared=is_shared)
         finally:
             mapping.release()
 

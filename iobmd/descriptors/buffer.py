@@ -519,10 +519,11 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
         """Return `(1, 0)`: the memory of the processor (kDLCPU)."""
         return 1, 0
 
-    def _memory(self) -> MemoryOwner:
-        if self._slab is not None and (owner := slabs.own(self)):
-            address_index.add(owner)
-        return super()._memory()
+    def _late_memory(self) -> MemoryOwner:
+        if self._slab is not None and (created := slabs.own(self)):
+            address_index.add(created)
+        owner = self._owner  # of this thread, or of another that was faster
+        return owner if owner and owner.has_handle else super()._late_memory()
 
     def _release(self, *, in_use: bool) -> None:
         if not self._release_piece():

@@ -421,7 +421,8 @@ class IOMemoryDescriptor(Handle):
         owner = self._memory()
         check_prepare(direction)
         with owner.guard:
-            self._memory()  # read again: another thread may have released it
+            if not owner.has_handle:  # another thread has released it
+                self._memory()
             owner.pin(direction)
             self._prepared += count
         return owner
@@ -450,7 +451,8 @@ class IOMemoryDescriptor(Handle):
         owner = self._memory()
         check_complete(forDirection)
         with owner.guard:
-            self._memory()  # as above
+            if not owner.has_handle:  # as above
+                self._memory()
             if not self._prepared:
                 others = " by its own prepare(): DMA commands, mappers and descriptors of parts complete their own"
                 raise NotReadyError(f"{self!r} is not prepared{others if owner.pins else ': nothing to complete'}")
@@ -502,10 +504,13 @@ class IOMemoryDescriptor(Handle):
             `kIOReturnNotPrivileged`: the kernel hides the addresses. `kIOReturnBadArgument`: past the end.
         """
         owner = self._memory()
-        (offset,) = integers(offset=offset)
-        if length is not None:
+        if type(offset) is not int:
+            (offset,) = integers(offset=offset)
+        if length is None:
+            length = owner.length - offset
+        elif type(length) is not int:
             (length,) = integers(length=length)
-        return owner.segments(offset, owner.length - offset if length is None else length)
+        return owner.segments(offset, length)
 
     def page_addresses(self, offset: int = 0, length: int | None = None) -> array[int]:
         """Return the physical address of each page that contains bytes of a range, for devices with page lists.

@@ -87,8 +87,12 @@ class Handle:
         """Return its memory, for the modules of this package, `dma` and `iommu`. Raises `kIOReturnNotOpen`."""
         owner = self._owner  # read once: another thread may release it
         if owner is None or not owner.has_handle:
-            raise NotOpenError(f"this {type(self).__name__} is {self._state}")
+            return self._late_memory()
         return owner
+
+    def _late_memory(self) -> MemoryOwner:
+        """Return memory that has no owner until it is used; raise `kIOReturnNotOpen` if there is none."""
+        raise NotOpenError(f"this {type(self).__name__} is {self._state}")
 
     def _usable_memory(self) -> MemoryOwner:
         """Return its memory as `_memory`, and check that this process may use it after a fork."""

@@ -316,12 +316,14 @@ def check_remote(options: int, task: object) -> bool:
 
 def check_prepare(direction: int) -> None:
     """Raise `kIOReturnBadArgument` unless these are directions with flags of `prepare`."""
-    _check_direction_flags(direction, _PREPARE)
+    if type(direction) is not int or direction & ~_PREPARE:  # a call costs more than the check
+        _check_direction_flags(direction, _PREPARE)
 
 
 def check_complete(direction: int) -> None:
     """Raise `kIOReturnBadArgument` unless these are directions with flags of `prepare` or `complete`."""
-    _check_direction_flags(direction, _COMPLETE)
+    if type(direction) is not int or direction & ~_COMPLETE:
+        _check_direction_flags(direction, _COMPLETE)
 
 
 def _check_direction_flags(direction: int, known: int) -> None:

@@ -319,7 +319,8 @@ class MemoryOwner:
         """Pin it again. `direction` and errors are those of `IOMemoryDescriptor.prepare`."""
         backing = self.require_backing()
         # Memory that is only resident (locked) would be locked twice, and unlocked by the first `unpin`.
-        held = backing.wiring.is_immovable or (self.pins > 0 and backing.wiring is Wiring.RESIDENT)
+        wiring = backing.wiring
+        held = wiring.is_immovable or (self.pins > 0 and wiring is Wiring.RESIDENT)
         fresh = backing.composite or not held
         if fresh and self.purge_control:
             self.purge_control.memory.hold()

@@ -118,7 +118,7 @@ class IOAS:
         flags = _FIXED | sum(flag for right, flag in _FLAGS.items() if access & right)
         request = _MAPPING.pack(_MAPPING.size, flags, self._number, 0, virtual, size, address)
         try:
-            within_limits(lambda: self._ask(_MAP, request))
+            within_limits(self._ask, _MAP, request)
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise

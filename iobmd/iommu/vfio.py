@@ -145,7 +145,7 @@ class Container:
         """
         request = _MAP.pack(_MAP.size, access, virtual, address, size)
         try:
-            within_limits(lambda: control(self._container, _MAP_DMA, request))
+            within_limits(control, self._container, _MAP_DMA, request)
         except OSError as error:
             if isinstance(error, IOReturnError):
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from iobmd import host
 from iobmd._native import mman
@@ -14,6 +14,7 @@ from iobmd.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    _Arguments = ParamSpec("_Arguments")
     _Result = TypeVar("_Result")
 
 PAGEABLE = "allocate pageable memory"
@@ -35,15 +36,15 @@ class Wiring(enum.Enum):
     DEVICE = "device"
     """Memory of a device, which has no page frames: it is neither swapped out nor moved, and nothing pins it."""
 
-    @property
-    def is_immovable(self) -> bool:
-        """Whether its physical addresses cannot change."""
-        return self is Wiring.PINNED or self is Wiring.DEVICE
+    is_immovable: bool
+    """Whether its physical addresses cannot change."""
+    survives_fork: bool
+    """Whether a forked child may use the memory: fork(2) passes neither locks nor pins on."""
 
-    @property
-    def survives_fork(self) -> bool:
-        """Whether a forked child may use the memory: fork(2) passes neither locks nor pins on."""
-        return self is Wiring.PAGEABLE or self is Wiring.DEVICE
+    def __init__(self, value: str) -> None:
+        # Attributes: every operation on a descriptor reads them, and properties would cost a call each.
+        self.is_immovable = value in ("pinned", "device")
+        self.survives_fork = value in ("pageable", "device")
 
 
 def on_refusal(relief: Callable[[], int]) -> None:
@@ -51,7 +52,9 @@ def on_refusal(relief: Callable[[], int]) -> None:
     _reliefs.append(relief)
 
 
-def within_limits(wire: Callable[[], _Result]) -> _Result:
+def within_limits(
+    wire: Callable[_Arguments, _Result], *arguments: _Arguments.args, **keywords: _Arguments.kwargs
+) -> _Result:
     """Call `wire`, and call it again if a limit refuses it and wired memory that was kept for reuse is freed.
 
     Raises
@@ -60,11 +63,11 @@ def within_limits(wire: Callable[[], _Result]) -> _Result:
         As `wire`.
     """
     try:
-        return wire()
+        return wire(*arguments, **keywords)
     except OSError as error:
         if error.errno not in _LIMITED or not sum(relief() for relief in _reliefs):
             raise
-    return wire()
+    return wire(*arguments, **keywords)
 
 
 def make_resident(address: int, size: int, *, populate: bool = True) -> None:
@@ -85,7 +88,7 @@ def make_resident(address: int, size: int, *, populate: bool = True) -> None:
     """
     lock = mman.lock if populate else mman.lock_on_fault
     try:
-        within_limits(lambda: lock(address, size))
+        within_limits(lock, address, size)
     except OSError as error:
         raise cannot_lock(size, error) from None
 

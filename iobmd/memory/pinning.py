@@ -122,7 +122,8 @@ class Pin:
         self._slots: list[uring.Slot] = []
         try:
             for start in range(0, size, LARGEST):
-                self._slots.append(_pin_part(address + start, min(LARGEST, size - start)))
+                part = min(LARGEST, size - start)
+                self._slots.append(mlock.within_limits(_pins.pin, address + start, part))
         except OSError as error:
             self.release()
             raise _cannot_pin(address, size, error) from None
@@ -131,10 +132,6 @@ class Pin:
         """Unpin; idempotent."""
         slots, self._slots = self._slots, []
         _pins.unpin(slots)
-
-
-def _pin_part(address: int, size: int) -> uring.Slot:
-    return mlock.within_limits(lambda: _pins.pin(address, size))
 
 
 def _cannot_pin(address: int, size: int, error: OSError) -> IOReturnError:

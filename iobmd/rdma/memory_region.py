@@ -65,7 +65,7 @@ class MemoryRegion(MR):  # type: ignore[misc]
             undo.enter_context(memoryview(mapped))
             address, length = mapped.getAddress(), mapped.getLength()
             try:
-                mlock.within_limits(lambda: self._register_patiently(pd, length, access, address))
+                mlock.within_limits(self._register_patiently, pd, length, access, address)
             except OSError as error:
                 raise _refused(descriptor, address, length, error) from None
             self._makers[id(self)] = os.getpid()
