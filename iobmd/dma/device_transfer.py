@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from iobmd.dma.specification import Specification
     from iobmd.iommu import IOMapper, IOVMRange
 
+    _Bounds = tuple[int, int, int, int, int]  # the result of `bounds`
+
 _CONTIGUOUS = int(IOOptionBits.kIOMemoryPhysicallyContiguous)
+_IN, _OUT = int(kIODirectionIn), int(kIODirectionOut)
 
 
 class BounceRange(NamedTuple):
@@ -96,12 +99,13 @@ class DeviceTransfer:
         self.memory = descriptor._pin()
         try:
             lying = self._lying()
-            self._ranges = self._divide(lying)
+            met = bounds(lying)
+            self._ranges = self._divide(lying, met)
             self.bounce = self._allocate()
             self._pieces = lying if self.bounce is None else self._locate()
             if mapper is not None:
                 self._pieces = self._map(mapper)
-            self._uncut = self._check()
+            self._uncut = self._check(met if self._pieces is lying else bounds(self._pieces))
         except BaseException:
             self.release()
             raise
@@ -115,15 +119,15 @@ class DeviceTransfer:
             return [PhysicalSegment(1, self.length)]
         return [PhysicalSegment(within + self.offset, self.length)]
 
-    def _divide(self, lying: list[PhysicalSegment]) -> list[BounceRange]:
+    def _divide(self, lying: list[PhysicalSegment], met: _Bounds) -> list[BounceRange]:
         if not self.length:
             return []
         if self.limits.iterates_only:
             return [BounceRange(0, self.length, None)]
-        self.double = self.double or _must_move(lying, self.limits) or self._has_border_inside_page()
+        self.double = self.double or _must_move(lying, met, self.limits) or self._has_border_inside_page()
         if self.double:
             return [BounceRange(0, self.length, 0)]
-        if self._mapper or bounds(lying)[2] <= self.limits.highest:
+        if self._mapper or met[2] <= self.limits.highest:
             return [BounceRange(0, self.length, None)]
         return _split(lying, self.limits.highest)
 
@@ -172,9 +176,9 @@ class DeviceTransfer:
         self._mapped = mapper.prepare(source, alignment=limits.buffer_alignment, highest=limits.highest)
         return [PhysicalSegment(self._mapped.address + offset, self.length)]
 
-    def _check(self) -> bool:
+    def _check(self, met: _Bounds) -> bool:
         """Check that all bytes were located; return whether the pieces are segments that satisfy every limit."""
-        total, longest, highest, addresses, lengths = bounds(self._pieces)
+        total, longest, highest, addresses, lengths = met
         if total != self.length:
             message = f"{self.descriptor!r} has physical addresses for {total} of {self.length} bytes"
             raise IOReturnError(IOReturn.kIOReturnUnderrun, message)
@@ -263,7 +267,7 @@ class DeviceTransfer:
 
     def begin(self, *, flush: bool, synchronize: bool) -> None:
         """Hand it over to the device: copy outgoing bytes to the bounce buffer, and flush them to memory."""
-        if synchronize and self._goes(kIODirectionOut):
+        if synchronize and self._goes(_OUT):
             self.copy_out()
         if flush and self.limits.incoherent:
             self._write_back(drop=False)
@@ -272,7 +276,7 @@ class DeviceTransfer:
         """Return it to the processor: copy incoming bytes to the descriptor's memory."""
         if invalidate and self.limits.incoherent:
             self._write_back(drop=True)
-        if synchronize and self._goes(kIODirectionIn):
+        if synchronize and self._goes(_IN):
             self.copy_in()
 
     def doubled(self) -> DeviceTransfer:
@@ -354,9 +358,9 @@ class DeviceTransfer:
         self.memory.unpin_when_free()
 
 
-def _must_move(lying: list[PhysicalSegment], limits: Specification) -> bool:
+def _must_move(lying: list[PhysicalSegment], met: _Bounds, limits: Specification) -> bool:
     """Whether parts have an unsuitable alignment, so that bouncing only the unreachable pages does not suffice."""
-    _total, _longest, highest, addresses, lengths = bounds(lying)
+    _total, _longest, highest, addresses, lengths = met
     if limits.buffer_alignment > PAGE_SIZE and highest > limits.highest:
         return True
     internal = addresses % limits.internal_alignment or lengths % limits.length_unit

@@ -33,6 +33,13 @@ _KNOWN = 0x3 | int(
 )
 
 
+# As plain integers, because `&` of an integer and a member of an enumeration takes 1 µs.
+_TYPE_MASK = int(MappingOptions.kTypeMask)
+_MAPPED = int(MappingOptions.kMapped)
+_NON_COHERENT = int(MappingOptions.kNonCoherent)
+_ITERATE_ONLY = int(MappingOptions.kIterateOnly)
+
+
 class Specification(NamedTuple):
     """A device's limits; sizes in bytes, 0: no limit."""
 
@@ -123,7 +130,7 @@ class Specification(NamedTuple):
     @property
     def iterates_only(self) -> bool:
         """Whether bounce buffers are never used."""
-        return bool(self.options & MappingOptions.kIterateOnly)
+        return bool(self.options & _ITERATE_ONLY)
 
     @property
     def buffer_alignment(self) -> int:
@@ -133,9 +140,9 @@ class Specification(NamedTuple):
     @property
     def maps(self) -> bool:
         """Whether the device's addresses are those of its mapper, if it has one."""
-        return self.options & MappingOptions.kTypeMask in (MappingOptions.kMapped, MappingOptions.kNonCoherent)
+        return self.options & _TYPE_MASK in (_MAPPED, _NON_COHERENT)
 
     @property
     def incoherent(self) -> bool:
         """Whether the device is not cache-coherent."""
-        return self.options & MappingOptions.kTypeMask == MappingOptions.kNonCoherent
+        return self.options & _TYPE_MASK == _NON_COHERENT
