@@ -140,8 +140,11 @@ def allocate(
         except TypeError:  # of a value that is not hashable, or that is refused below
             pass
         else:
-            if wanted.piece_alignment and (small := IOBufferMemoryDescriptor._small(wanted)) is not None:
-                return small
+            if wanted.piece_alignment:
+                # Without __init__, which only records differences from the defaults.
+                small = IOBufferMemoryDescriptor.__new__(IOBufferMemoryDescriptor)
+                if small._acquire_piece(wanted):
+                    return small
     options = _options(wired, contiguous, purgeable, shared, cache, direction)
     private = not shared and task is not kernel_task
     _check_secret(secret, wired)

@@ -307,15 +307,9 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor, SmallBuffer):
             self._contents = None
         return True
 
-    @classmethod
-    def _small(cls, wanted: Request) -> Self | None:
-        """Allocate a buffer with a piece of a slab, for `iobmd.allocate`; None if it must be allocated otherwise."""
-        self = cls.__new__(cls)  # without __init__, which only records differences from the defaults
-        return self if self._acquire_piece(wanted) else None
-
     def _acquire_piece(self, wanted: Request) -> bool:
-        """Use a piece of a slab; return False if none is suitable, or nothing may be reused."""
-        if not policy.keep_limit() or not slabs.allocate(self, wanted):
+        """Use a piece of a slab, also for `iobmd.allocate`; return False if none is suitable or nothing is reused."""
+        if not policy.reuses() or not slabs.allocate(self, wanted):
             return False
         self._capacity, self._options, self._state = wanted.capacity, wanted.options, "open"
         if wanted.contiguous:

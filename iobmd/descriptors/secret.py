@@ -61,7 +61,7 @@ class SecretBuffer(IOBufferMemoryDescriptor):
         contents, self._contents = self._contents, None
         if contents:
             contents.check()
-        separate, concealed = not policy.keep_limit(), self._kind == CONCEALED
+        separate, concealed = not policy.reuses(), self._kind == CONCEALED
         self._capacity = wanted.capacity
         try:
             self._slab_of_secret = slabs.allocate_secret(

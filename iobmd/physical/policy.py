@@ -96,6 +96,11 @@ def policy(
         yield
 
 
+def reuses() -> bool:
+    """Return whether any memory may be kept after a buffer that is allocated now is freed."""
+    return _current.get().keep != 0 and not NOTHING_REUSED
+
+
 def keep_limit() -> int:
     """Return how many bytes may be kept after a buffer that is allocated now is freed."""
     keep = _current.get().keep
