@@ -10,6 +10,9 @@ from iobmd.errors import CannotWireError
 from iobmd.memory.mlock import PAGEABLE
 from iobmd.units import parse_size
 
+STANDARD_OUTPUT = "-"
+_NAMES_OF_STANDARD_OUTPUT = (STANDARD_OUTPUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 
 def size(text: str) -> int:
     """Read a size as `units.parse_size`, for argparse; it must be positive."""
@@ -20,6 +23,16 @@ def size(text: str) -> int:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return number
+
+
+def output(text: str) -> str:
+    """Read the name of an output file, for argparse; all names of standard output become `STANDARD_OUTPUT`.
+
+    Otherwise the summary, which is then written to standard error, would be mixed with the bytes.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return STANDARD_OUTPUT if text in _NAMES_OF_STANDARD_OUTPUT else text
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from iobmd import procfs
 from iobmd._internal.atomic_file import replacing
 from iobmd.api import copy
 from iobmd.cli import EXIT_OK
-from iobmd.cli.arguments import duration, instead_of_wiring, size
+from iobmd.cli.arguments import STANDARD_OUTPUT, duration, instead_of_wiring, output, size
 from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.progress_bar import progress_of
 from iobmd.cli.signals import interruptible
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
             summary["source_stopped_ms"] = round(buffer.source_stopped_ns / 1e6, 3)
         if arguments.output:
             _write(buffer, arguments.output)
-    stream = sys.stderr if arguments.output == "-" else sys.stdout
+    stream = sys.stderr if arguments.output == STANDARD_OUTPUT else sys.stdout
     _report(summary, buffer.holes, as_json=arguments.json, stream=stream)
     return EXIT_OK
 
@@ -89,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="an address, a range ADDRESS-END, or a mapping: [heap], libc.so.6, or its range as in /proc/PID/maps",
     )
     parser.add_argument("size", type=size, nargs="?", help="bytes; optional with a range or a mapping")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the bytes to FILE (-: standard output)")
+    parser.add_argument(
+        "-o", "--output", type=output, metavar="FILE", help="write the bytes to FILE (-: standard output)"
+    )
     parser.add_argument(
         "--freeze", action="store_true", help="copy the bytes as of one moment; the process is stopped briefly"
     )
@@ -156,7 +158,7 @@ def _find(task: Task, name: str) -> tuple[int, int] | None:
 def _write(buffer: IOBufferMemoryDescriptor, name: str) -> None:
     """Write the whole buffer, or leave an existing file unchanged."""
     path = Path(name)
-    if name == "-":
+    if name == STANDARD_OUTPUT:
         sys.stdout.buffer.write(buffer)
         sys.stdout.buffer.flush()
     else:
@@ -185,5 +187,5 @@ def _report(summary: dict[str, object], holes: Sequence[tuple[int, int]], *, as_
         count, lost = len(holes), sum(size for _offset, size in holes)
         print(f"{lost} bytes in {count} {'range' if count == 1 else 'ranges'} could not be read", file=stream)
     print(f"SHA-256 {summary['sha256']}", file=stream)
-    if summary["output"] not in (None, "-"):
+    if summary["output"] not in (None, STANDARD_OUTPUT):
         print(f"written to {summary['output']}", file=stream)

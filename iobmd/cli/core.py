@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from iobmd.api import snapshot
 from iobmd.cli import EXIT_OK
-from iobmd.cli.arguments import size
+from iobmd.cli.arguments import STANDARD_OUTPUT, output, size
 from iobmd.cli.folding import show, terminal_width
 from iobmd.cli.progress_bar import progress_bar
 from iobmd.cli.signals import terminable
@@ -21,23 +21,21 @@ if TYPE_CHECKING:
 
     from iobmd.remote.core_summary import CoreSummary
 
-_STANDARD_OUTPUT = "/dev/stdout"
-
 
 def main(argv: Sequence[str]) -> int:
     """Run `iobmd core`."""
     arguments = make_parser().parse_args(argv)
     task = Task(arguments.pid)
-    output = arguments.output or f"core.{task.pid}"
-    path = _STANDARD_OUTPUT if output == "-" else output
+    name = arguments.output or f"core.{task.pid}"
+    path = "/dev/stdout" if name == STANDARD_OUTPUT else name
     limits = {"limit": arguments.limit, "freeze_shared": arguments.freeze_shared}
     with terminable(), snapshot(task, **limits) as held, progress_bar("core") as progress:
         summary = held.core(path, progress=progress, filter=arguments.filter)
-    stream = sys.stderr if output == "-" else sys.stdout
+    stream = sys.stderr if name == STANDARD_OUTPUT else sys.stdout
     if arguments.json:
-        print(json.dumps(_document(task, output, summary), indent=2), file=stream)
+        print(json.dumps(_document(task, name, summary), indent=2), file=stream)
     else:
-        _show(output, summary, stream)
+        _show(name, summary, stream)
     return EXIT_OK
 
 
@@ -51,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("pid", type=int, help="the process; all of its threads are stopped briefly")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="the core file (-: standard output; default: core.PID)"
+        "-o", "--output", type=output, metavar="FILE", help="the core file (-: standard output; default: core.PID)"
     )
     parser.add_argument(
         "--filter",
@@ -82,11 +80,11 @@ def _bits(text: str) -> int:
 _bits.__name__ = "hexadecimal number"  # in the message of argparse
 
 
-def _document(task: Task, output: str, summary: CoreSummary) -> dict[str, object]:
+def _document(task: Task, name: str, summary: CoreSummary) -> dict[str, object]:
     return {
         "version": 1,
         "pid": task.pid,
-        "output": output,
+        "output": name,
         "size": summary.size,
         "written": summary.written,
         "omitted": summary.omitted,
@@ -97,9 +95,9 @@ def _document(task: Task, output: str, summary: CoreSummary) -> dict[str, object
     }
 
 
-def _show(output: str, summary: CoreSummary, stream: TextIO) -> None:
+def _show(name: str, summary: CoreSummary, stream: TextIO) -> None:
     width = terminal_width(stream)
-    where = "standard output" if output == "-" else output
+    where = "standard output" if name == STANDARD_OUTPUT else name
     threads = f"{summary.threads} thread{'s' * (summary.threads != 1)}"
     show(
         f"{where}: {format_size(summary.written)} of memory in {summary.areas} areas, {threads}, in "

@@ -350,11 +350,12 @@ def test_copy_to_a_pipe_that_has_a_name(start_source: Start, tmp_path: Path) -> 
 
 
 @pytest.mark.needs("compiler")
-def test_copy_to_standard_output(start_source: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_copy_to_standard_output(start_source: Start, tmp_path: Path, output: str) -> None:
     source = start_source(1 << 20)
     address, size = source["anonymous"]
     expected = source.dump("anonymous", tmp_path / "dump")
-    command = [sys.executable, "-m", "iobmd", "copy", str(source.pid), hex(address), str(size), "-o", "-"]
+    command = [sys.executable, "-m", "iobmd", "copy", str(source.pid), hex(address), str(size), "-o", output]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout == expected
     assert b"1048576 bytes" in done.stderr

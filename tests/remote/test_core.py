@@ -1,5 +1,6 @@
 """Core files: their contents, and what debuggers make of them."""
 
+import json
 import os
 import re
 import resource
@@ -108,6 +109,13 @@ def test_a_pipe(source: Source) -> None:
     reader.join()
     assert len(received[0]) == summary.size
     assert Core(received[0]).read(source.own, SIZE)[:: kernel.PAGE] == b"\1" * (SIZE // kernel.PAGE)
+
+
+def test_nothing_follows_a_core_file_on_standard_output(source: Source) -> None:
+    command = [sys.executable, "-m", "iobmd", "core", str(source.pid), "--json", "-o", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, timeout=30, check=True)
+    assert len(done.stdout) == json.loads(done.stderr)["size"]
+    assert main([*command[3:-1], ""]) == 2
 
 
 def test_whole_or_not_at_all(source: Source, tmp_path: Path) -> None:
