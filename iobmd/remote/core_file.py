@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import mmap
 import os
 import stat
@@ -399,8 +401,17 @@ class _Sink:
         with memoryview(data) as rest:
             done = 0
             while done < len(rest):  # an unbuffered file may write less
-                done += self._file.write(rest[done:]) or 0
+                done += self._written(rest[done:])
         self._at += len(data)
+
+    def _written(self, data: memoryview) -> int:
+        """Write to the file; return how many bytes it has accepted."""
+        count: int | None = self._file.write(data)
+        if count is None and not isinstance(self._file, io.RawIOBase):  # such as a file of paramiko (SFTP)
+            return len(data)
+        if not count or count < 0:
+            raise BlockingIOError(errno.EAGAIN, f"the file accepts no bytes now: write returned {count}")
+        return count
 
     def end(self) -> None:
         """Write the hole at the end."""

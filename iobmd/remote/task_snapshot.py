@@ -323,7 +323,8 @@ class Snapshot(Task):
         ----------
         file : path or binary file
             A path: the file is replaced when it is complete, and only its owner can read it. An object: it is written
-            to from its present position. A pipe gets zeros instead of holes.
+            to from its present position. A pipe gets zeros instead of holes, as does any object with `write` and
+            `flush` that is not a regular file.
         progress : callable, optional
             Called repeatedly with the number of bytes of memory that have been written, and their total.
         filter : int, optional
@@ -339,7 +340,8 @@ class Snapshot(Task):
         IOReturnError
             As `read`. `kIOReturnBadArgument`: `filter` has unknown bits.
         OSError
-            The file cannot be written; no incomplete file is left at a path.
+            The file cannot be written; no incomplete file is left at a path. `BlockingIOError`: it is non-blocking,
+            and accepts no bytes now.
 
         Notes
         -----

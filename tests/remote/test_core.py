@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pytest
 from support import kernel
@@ -20,6 +21,9 @@ from support.targets import Target, build, children, need_program, until, until_
 import iobmd
 from iobmd import IOReturn, IOReturnError
 from iobmd.cli import main
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 pytestmark = pytest.mark.needs("compiler")
 PRSTATUS, PRPSINFO, AUXV, FPREGSET, XSTATE, SIGINFO, FILES = 1, 3, 6, 2, 0x202, 0x53494749, 0x46494C45
@@ -109,6 +113,39 @@ def test_a_pipe(source: Source) -> None:
     reader.join()
     assert len(received[0]) == summary.size
     assert Core(received[0]).read(source.own, SIZE)[:: kernel.PAGE] == b"\1" * (SIZE // kernel.PAGE)
+
+
+class Upload:
+    """A file in the manner of paramiko, whose `write` returns nothing."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+
+    def write(self, data: "Buffer") -> None:
+        self.received += data
+        assert len(self.received) < 1 << 30, "the same bytes are written repeatedly"
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_file_whose_write_returns_nothing(source: Source) -> None:
+    upload = Upload()
+    with iobmd.snapshot(source.pid) as snapshot:
+        summary = snapshot.core(cast("BinaryIO", upload))
+    assert len(upload.received) == summary.size
+
+
+def test_a_pipe_that_does_not_block(source: Source) -> None:
+    """It gets no bytes twice, and is not polled without an end."""
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    with (
+        os.fdopen(reading, "rb"),
+        os.fdopen(writing, "wb", buffering=0) as pipe,
+        iobmd.snapshot(source.pid) as snapshot,
+        pytest.raises(BlockingIOError),
+    ):
+        snapshot.core(cast("BinaryIO", pipe))
 
 
 def test_nothing_follows_a_core_file_on_standard_output(source: Source) -> None:
