@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 from iobmd._internal import process_local
+from iobmd._internal.arguments import integers
 from iobmd._internal.uncopyable import Uncopyable
 from iobmd._native.mapping import Exporter
 from iobmd.api import allocate
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from iobmd.descriptors.buffer import IOBufferMemoryDescriptor
 
 K = TypeVar("K", bound=Hashable)
+_FIELD_NAME = ":[^:]*:"
+"""A name in the format of a buffer (PEP 3118)."""
 
 
 class CacheStatistics(NamedTuple):
@@ -64,7 +68,7 @@ class CacheItem(Exporter):
         """
         raw, entry = memoryview(self), self._held()
         with contextlib.suppress(ValueError, TypeError):  # not a native format
-            return raw.cast(entry.format, entry.shape) if entry.shape else raw  # type: ignore[call-overload]
+            return raw.cast(entry.format, entry.shape)  # type: ignore[call-overload, no-any-return]
         return raw
 
     def release(self) -> None:
@@ -151,14 +155,15 @@ class _Entry:
     filled = False  # the contents are complete, unless the system has reclaimed them
     known = False  # it was loaded before
 
-    def __init__(self, modifiers: int) -> None:
+    def __init__(self, unused: tuple[int, int]) -> None:
         self.guard = process_local.Guard()
         self.users: set[int] = set()  # by id, because adding and removing one is atomic, even in a garbage collection
-        self._modifiers = modifiers
+        self._unused = unused  # the state and the modifiers without a user
 
     def fill(self, data: Buffer) -> None:
         """Store the loader's result in the buffer and make it non-volatile."""
         with memoryview(data) as made:
+            _require_values(made)
             content = made if made.c_contiguous else memoryview(made.tobytes())
             if self.buffer is None or self.buffer.getCapacity() < made.nbytes:
                 self.free()
@@ -181,7 +186,7 @@ class _Entry:
 
     def _settle(self) -> None:
         if self.filled and not self.users:
-            change_when_free(self.memory._memory(), parse(VOLATILE | self._modifiers))
+            change_when_free(self.memory._memory(), self._unused)
 
     def free(self) -> None:
         """Free the buffer; its views retain the memory."""
@@ -196,6 +201,16 @@ class _Entry:
         if self.buffer is None:
             raise NotOpenError("the cache of these contents is closed")
         return self.buffer
+
+
+def _require_values(data: memoryview) -> None:
+    """Raise TypeError for an array of Python objects, whose bytes are addresses."""
+    if "O" in re.sub(_FIELD_NAME, "", data.format):
+        message = (
+            f"the loader returned references to Python objects (format {data.format!r}), not their contents: convert "
+            "the array to numbers, or the objects to bytes"
+        )
+        raise TypeError(message)
 
 
 class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
@@ -215,6 +230,13 @@ class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
     modifiers : IOPurgeable
         `kIOMemoryPurgeableVolatileGroup0` to `7` and other modifiers of Volatile, for `iobmd.purge`.
 
+    Raises
+    ------
+    IOReturnError
+        `kIOReturnBadArgument`: not modifiers of Volatile.
+    TypeError
+        The loader cannot be called, or the modifiers are not an integer.
+
     Notes
     -----
     The contents are private purgeable memory (see `IOMemoryDescriptor.setPurgeable`), which requires no privilege and
@@ -224,8 +246,10 @@ class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
     """
 
     def __init__(self, loader: Callable[[K], Buffer], *, modifiers: int = 0) -> None:
+        if not callable(loader):
+            raise TypeError(f"loader must be callable, not {loader!r}")
         self._loader = loader
-        self._modifiers = int(modifiers)
+        self._unused = parse(VOLATILE | integers(modifiers=modifiers)[0])
         self._entries: dict[K, _Entry] = {}
         self._guard = process_local.Guard()
         self._counts = dict.fromkeys(("hits", "loaded", "purged", "rebuilt"), 0)
@@ -239,9 +263,11 @@ class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
         IOReturnError
             As `allocate` and `setPurgeable`; `kIOReturnBusy` if a loader requests the key that it is loading.
             Exceptions of the loader are passed on, and nothing is cached.
+        TypeError
+            The loader's result has no buffer, or contains references to Python objects.
         """
         while True:
-            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._modifiers))
+            entry = self._entries.get(key) or self._entries.setdefault(key, _Entry(self._unused))
             with entry.guard:
                 if self._entries.get(key) is not entry:  # another thread has removed it
                     continue
@@ -276,7 +302,7 @@ class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
         return [(key, entry) for key in list(self._entries) if (entry := self._entries.get(key))]
 
     def _forget(self, key: K, entry: _Entry) -> None:
-        """Remove a key and its contents, which must not be in use, with the entry's guard held."""
+        """Remove a key and its contents, with the entry's guard held; existing views retain the memory."""
         self._entries.pop(key, None)
         entry.free()
 
@@ -369,8 +395,8 @@ class PurgeableCache(Uncopyable, Mapping[K, CacheItem], Generic[K]):
         """Remove all keys, also those in use: existing views retain their memory, which the last one frees."""
         for key, entry in self._all():
             with entry.guard:
-                self._entries.pop(key, None)
-                entry.free()
+                if self._entries.get(key) is entry:  # otherwise another thread has removed it, and may load it again
+                    self._forget(key, entry)
 
     def __del__(self) -> None:
         if not getattr(self, "_entries", None):

@@ -1,11 +1,14 @@
 """`PurgeableCache`: contents are loaded, reclaimed and loaded again, and remain intact while in use."""
 
 import array
+import ctypes
 import gc
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import pytest
 from support import kernel
@@ -14,7 +17,7 @@ from support.purging import EMPTY, KEEP_CURRENT, NON_VOLATILE, VOLATILE, discard
 from support.threads import run_all
 
 import iobmd
-from iobmd import BusyError, IOPurgeable, IOReturn, PurgeableCache
+from iobmd import BadArgumentError, BusyError, IOPurgeable, IOReturn, PurgeableCache
 from iobmd.cache import CacheItem
 
 MIB = 1 << 20
@@ -159,6 +162,7 @@ def test_shapes_and_formats() -> None:
     made = {
         "doubles": array.array("d", [1.5, -2.5, 3.5]),
         "grid": memoryview(array.array("i", range(6))).cast("B").cast("i", (2, 3)),
+        "number": memoryview(array.array("d", [1.5])).cast("B").cast("d", ()),
         "bytes": b"abc",
         "none": b"",
         "stepped": memoryview(b"a-b-c-")[::2],
@@ -421,6 +425,68 @@ def test_an_interrupted_hit_takes_nothing_from_others(monkeypatch: pytest.Monkey
         assert cache.statistics.held == 1
         item.release()
         assert iobmd.purge() == SIZE
+
+
+class KeyWithAHook:
+    """A key whose hash value is computed while another thread runs."""
+
+    other_thread: Callable[[], None] | None = None
+
+    def __hash__(self) -> int:
+        if self.other_thread:
+            self.other_thread()
+        return 5
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_leaving_frees_no_contents_that_were_loaded_again() -> None:
+    """As by another thread that removes a key and requests it again while the cache is left."""
+    cache: PurgeableCache[object] = PurgeableCache(lambda _key: b"1" * SIZE)
+    hook = KeyWithAHook()
+    cache[1].release()
+    cache[hook].release()
+
+    def reload() -> None:
+        hook.other_thread = None
+        del cache[1]
+        cache[1].release()
+
+    hook.other_thread = reload
+    cache.__exit__()
+    assert list(cache) == [1]
+    assert bytes(cache[1]) == b"1" * SIZE
+    cache.close()
+
+
+def test_arguments_are_checked_before_anything_is_cached() -> None:
+    """Contents with wrong modifiers once never became volatile."""
+    for modifiers in (1 << 30, IOPurgeable.kIOMemoryPurgeableEmpty, -1):
+        with pytest.raises(BadArgumentError, match="not a purgeable state"):
+            PurgeableCache(bytes, modifiers=modifiers)
+    for wrong in (0.5, "0"):
+        with pytest.raises(TypeError, match="modifiers must be an integer"):
+            PurgeableCache(bytes, modifiers=cast("int", wrong))
+    with pytest.raises(TypeError, match="loader must be callable"):
+        PurgeableCache(cast("Callable[[int], bytes]", b""))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_references_to_objects_are_refused() -> None:
+    """The format of a buffer shows them; names of fields are not taken for it."""
+
+    class Named(ctypes.Structure):
+        _fields_ = (("O", ctypes.c_int), ("x", ctypes.c_int))
+
+    class Referring(ctypes.Structure):
+        _fields_ = (("x", ctypes.c_int), ("y", ctypes.py_object))
+
+    results = {1: Named(), 2: (ctypes.py_object * 2)(1, 2), 3: Referring()}
+    with PurgeableCache(results.__getitem__) as cache:
+        cache[1].release()
+        for key in (2, 3):
+            with pytest.raises(TypeError, match="references to Python objects"):
+                cache[key]
+        assert list(cache) == [1]
 
 
 @pytest.mark.usefixtures("nothing_left")
