@@ -27,6 +27,11 @@ def integers(**values: object) -> list[int]:
     return [int(index(cast("SupportsIndex", value))) for value in values.values()]
 
 
+def optional_integers(**values: object) -> list[int | None]:
+    """Return values as `integers`, except that None remains None."""
+    return [None if value is None else integers(**{name: value})[0] for name, value in values.items()]
+
+
 def check_numbers(**values: object) -> None:
     """Raise TypeError for a value that is not a real number."""
     for name, value in values.items():

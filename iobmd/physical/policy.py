@@ -9,7 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from iobmd._internal.arguments import check_integers, check_numbers
+from iobmd._internal.arguments import check_flags, check_numbers, optional_integers
 from iobmd.errors import BadArgumentError
 from iobmd.host import headroom
 
@@ -81,17 +81,22 @@ def policy(
     Raises
     ------
     IOReturnError
-        `kIOReturnBadArgument`: a negative budget.
+        `kIOReturnBadArgument`: a limit is negative, or not a number (NaN).
+    TypeError
+        An argument has the wrong type, such as a string for `reserve`.
 
     Notes
     -----
     The policy is a context variable: it applies to this thread or asyncio task, not to other running threads. An
     inner policy completely replaces an outer one.
     """
-    check_integers(memory_budget=memory_budget or 0, keep=keep or 0)
-    check_numbers(time_budget=time_budget or 0)
-    if (memory_budget or 0) < 0 or (time_budget or 0) < 0 or (keep or 0) < 0:
-        raise BadArgumentError("a budget cannot be negative")
+    check_flags(reserve=reserve)
+    memory_budget, keep = optional_integers(memory_budget=memory_budget, keep=keep)
+    if time_budget is not None:
+        check_numbers(time_budget=time_budget)
+    for name, limit in (("memory_budget", memory_budget), ("time_budget", time_budget), ("keep", keep)):
+        if limit is not None and not limit >= 0:  # NaN is not either, and would be no limit
+            raise BadArgumentError(f"{name} must be 0 or more, not {limit}")
     with applied(Policy(reserve, memory_budget, time_budget, keep=keep)):
         yield
 

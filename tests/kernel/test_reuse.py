@@ -12,13 +12,13 @@ from collections.abc import Callable
 import pytest
 from support import kernel
 from support.child import in_child
-from support.errors import code_of, error_of
+from support.errors import error_of
 from support.purging import take
 from support.rawmemory import map_memory, protect, unmap
 from support.source_process import SourceProcess
 
 import iobmd
-from iobmd import IOReturn
+from iobmd import BadArgumentError, IOReturn
 from iobmd._native import mman
 from iobmd.units import PAGE_SIZE
 
@@ -171,9 +171,38 @@ def test_the_limit() -> None:
         iobmd.allocate(64 << 10, contiguous=True).free()
         iobmd.allocate(3 * MIB).free()
         assert iobmd.statistics().kept == MIB + PAGE_SIZE + (64 << 10), "memory that was searched for is kept longest"
-    assert code_of(lambda: iobmd.policy(keep=-1).__enter__()) == IOReturn.kIOReturnBadArgument
-    with pytest.raises(TypeError):
-        iobmd.policy(keep=1.5).__enter__()  # type: ignore[arg-type]
+
+
+class Unsigned(int):
+    """An integer of 32 bits whose differences wrap around, like NumPy's."""
+
+    def __rsub__(self, other: int) -> int:
+        return other - int(self) & 0xFFFFFFFF
+
+
+def test_a_limit_of_another_integer_type() -> None:
+    with iobmd.policy(keep=Unsigned(2 * MIB)):
+        iobmd.allocate(MIB).free()
+    assert iobmd.statistics().kept == MIB
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"keep": -1}, "keep must be 0 or more, not -1"),
+        ({"memory_budget": -1}, "memory_budget must be 0 or more"),
+        ({"time_budget": -0.5}, "time_budget must be 0 or more"),
+        ({"time_budget": float("nan")}, "time_budget must be 0 or more, not nan"),  # a search without an end
+        ({"keep": 1.5}, "keep must be an integer"),
+        ({"memory_budget": ""}, "memory_budget must be an integer"),
+        ({"time_budget": ""}, "time_budget must be a number"),
+        ({"reserve": "no"}, "reserve must be True or False"),  # it would permit changes of the host
+    ],
+    ids=str,
+)
+def test_wrong_policies_are_refused(wrong: dict[str, object], expected: str) -> None:
+    with pytest.raises((TypeError, BadArgumentError), match=expected):
+        iobmd.policy(**wrong).__enter__()  # type: ignore[arg-type]
 
 
 def test_a_view_delays_it() -> None:
