@@ -270,7 +270,7 @@ def snapshot(task: AnyTask, *, limit: int | None = None, freeze_shared: int | No
         task did not stop. `kIOReturnNoResources`: the task or this process can create no process.
         `kIOReturnNoMemory`: the page tables of the snapshot do not fit the memory limits of the task; or its shared
         memory is larger than `freeze_shared`. `kIOReturnUnsupported`, `kIOReturnTimeout`: shared memory cannot be
-        copied during the stop, with the reason.
+        copied during the stop, with the reason. `kIOReturnUnsupported` also for this process and kernel threads.
     OSError
         The task cannot be cloned: the kernel lacks memory.
 

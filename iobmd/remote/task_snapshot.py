@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self, Typ
 
 from iobmd import procfs
 from iobmd._internal import chunked, log, pidns
+from iobmd._internal.arguments import optional_integers
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd.errors import (
     BadArgumentError,
@@ -110,6 +111,10 @@ class Snapshot(Task):
     def __init__(self, task: Task, *, limit: int | None = None, freeze_shared: int | None = None) -> None:
         if isinstance(task, Snapshot):
             raise UnsupportedError(f"process {task.pid} is a snapshot already, of task {task.task.pid}")
+        if task.is_current:
+            message = "a process cannot stop itself for a snapshot: copy its memory by iobmd.copy(…, lazy=True)"
+            raise UnsupportedError(message)
+        limit, freeze_shared = optional_integers(limit=limit, freeze_shared=freeze_shared)
         if limit is not None and limit <= 0:
             raise BadArgumentError(f"limit must be positive, not {limit}")
         if freeze_shared is not None and freeze_shared < 0:
@@ -142,6 +147,7 @@ class Snapshot(Task):
         self._frozen = frozen
         objects = frozen.objects if frozen else ()
         self._child = child = SnapshotChild(self.task, resident, records=True, objects=objects)
+        self._close_pidfd()  # of a previous attempt
         try:
             super().__init__(child.begin())
             self.stopped_ns = child.stopped_ns
@@ -452,7 +458,7 @@ def require_room(task: Task) -> int:
     try:
         resident, tables = (procfs.status_bytes(field, task.pid) for field in ("VmRSS", "VmPTE"))
     except (OSError, KeyError):
-        raise diagnosis.gone(f"task {task.pid} is gone: it exited") from None
+        raise diagnosis.without_memory(task.pid) from None
     headroom.require(tables + _RESERVE, swappable=True, pid=task.pid)
     return resident
 

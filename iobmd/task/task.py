@@ -72,6 +72,9 @@ class Task:
             self._process = identity.running(cast("PsutilProcess", process))
 
     def __del__(self) -> None:
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
         if getattr(self, "_pidfd", -1) >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -20,6 +20,7 @@ from support.targets import PATIENCE, Target, build, children, until
 
 import iobmd
 from iobmd import IOReturn, IOReturnError, pagemap
+from iobmd.remote.shared_memory import SharedMemory
 from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("compiler")
@@ -93,6 +94,15 @@ def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None
     assert caught.value.code == IOReturn.kIOReturnNoMemory
     with pytest.raises(IOReturnError, match="must not be negative"):
         iobmd.snapshot(source.pid, freeze_shared=-1)
+
+
+def test_attempts_that_fail_leave_no_descriptors(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the task changed its mappings of shared memory before each stop."""
+    monkeypatch.setattr(SharedMemory, "covers", lambda *_: False)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(IOReturnError, match="changed its mappings"):
+        iobmd.snapshot(source.pid, freeze_shared=1 << 30)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_shared_memory_that_only_root_can_freeze() -> None:
@@ -399,6 +409,7 @@ def test_what_a_snapshot_is_not_for(source: Source) -> None:
             lambda: snapshot.write(source.own, b"x"),
             lambda: iobmd.allocate(PAGE_SIZE, task=snapshot, wired=False),
             lambda: iobmd.snapshot(snapshot),
+            lambda: iobmd.snapshot(iobmd.current_task()),
         ):
             with pytest.raises(IOReturnError) as caught:
                 refused()
@@ -407,3 +418,6 @@ def test_what_a_snapshot_is_not_for(source: Source) -> None:
         iobmd.snapshot(source.pid)
     with pytest.raises(IOReturnError, match="must be positive"):
         iobmd.snapshot(source.pid, limit=0)
+    for wrong in ({"limit": 1.5}, {"limit": float("nan")}, {"freeze_shared": "1M"}):
+        with pytest.raises(TypeError, match=r"(limit|freeze_shared) must be an integer"):
+            iobmd.snapshot(source.pid, **wrong)  # type: ignore[arg-type]

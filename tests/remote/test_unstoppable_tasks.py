@@ -78,10 +78,13 @@ def test_traced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernel_thread() -> None:
-    """Return kthreadd, or the first process of this pid namespace if that is not visible."""
+    """Refused as such (pid 2 is kthreadd, unless the pid namespace hides it)."""
     if Path("/proc/2/comm").read_text().strip() != "kthreadd":
         pytest.skip("no kernel thread is visible in this pid namespace")
     assert refusal(2, "is a kernel thread") == IOReturn.kIOReturnUnsupported
+    with pytest.raises(IOReturnError, match="is a kernel thread") as caught:
+        iobmd.snapshot(2)
+    assert caught.value.code == IOReturn.kIOReturnUnsupported
 
 
 def test_zombie_and_gone() -> None:
