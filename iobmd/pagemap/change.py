@@ -7,7 +7,6 @@ from bisect import bisect_left, bisect_right
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from iobmd import procfs
 from iobmd._internal.arguments import check_type
 from iobmd.errors import BadArgumentError
 from iobmd.pagemap.reader import require_frames
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from iobmd.pagemap.snapshot import Batch
     from iobmd.pagemap.span import Span
+    from iobmd.procfs import VMA
 
     _T = TypeVar("_T")
 
@@ -92,7 +92,7 @@ def changes(before: Snapshot | Task, after: Snapshot | Task, *, joined: bool = T
     """
     if isinstance(before, Task) or isinstance(after, Task):
         found = _written(before, after)
-        return _joined(found, _starts(before, after)) if joined else found
+        return _joined(found, _bounds(before, after)) if joined else found
     check_type(Snapshot, before=before, after=after)
     old_header, new_header = before.header, after.header
     for what, old_one, new_one in (
@@ -118,20 +118,20 @@ def _written(before: object, after: object) -> Iterator[Change]:
 
 
 def _changes_of_tasks(before: Task, after: Task) -> Iterator[Change]:
-    ranges = [((vma.start, vma.end) for vma in procfs.maps(one.pid)) for one in (before, after)]
-    yield from _changed_areas(*ranges)
+    yield from _changed_areas(*([(vma.start, vma.end) for vma in _areas(one)] for one in (before, after)))
     for change in _changed_spans(spans(before), spans(after)):
         yield change._replace(kind=Kind.WRITTEN) if change.kind is Kind.MIGRATED else change
 
 
-def _starts(*tasks: object) -> array[int]:
-    pids = [task.pid for task in tasks if isinstance(task, Task)]
-    return array("Q", sorted(vma.start for pid in pids for vma in procfs.maps(pid)))
-
-
-def _bounds(*snapshots: Snapshot) -> array[int]:
+def _bounds(*snapshots: Snapshot | Task) -> array[int]:
     """Return the starts of the areas of snapshots, ascending; it takes 8 bytes each."""
-    return array("Q", sorted(area.start for snapshot in snapshots for area in snapshot.areas()))
+    return array("Q", sorted(area.start for snapshot in snapshots for area in _areas(snapshot)))
+
+
+def _areas(snapshot: Snapshot | Task) -> Iterable[VMA]:
+    """Return the areas of a snapshot of either kind: the module of `iobmd.Snapshot` is above this one."""
+    found: Iterable[VMA] = snapshot.areas()  # type: ignore[union-attr]
+    return found
 
 
 def _joined(found: Iterator[Change], starts: array[int]) -> Iterator[Change]:
@@ -178,7 +178,7 @@ def _contiguous(physical: int | None, length: int, following: int | None) -> int
     return physical if physical is not None and physical + length == following else None
 
 
-def _changed_areas(before: Iterator[tuple[int, int]], after: Iterator[tuple[int, int]]) -> Iterator[Change]:
+def _changed_areas(before: Iterable[tuple[int, int]], after: Iterable[tuple[int, int]]) -> Iterator[Change]:
     for start, end, old, new in _pieces(before, after, lambda one: one):
         if old is None or new is None:
             yield Change(Kind.MAPPED if old is None else Kind.UNMAPPED, start, end - start, None, None)

@@ -403,6 +403,21 @@ def test_pages_written_between_two(source: Source) -> None:
                 list(pagemap.changes(before, other))
 
 
+def test_changes_of_snapshots_that_end(source: Source) -> None:
+    """The error is that of a snapshot, also if it ends after the iterator was created."""
+    with iobmd.snapshot(source.pid) as before:
+        with iobmd.snapshot(source.pid) as after:
+            found = [pagemap.changes(before, after, joined=joined) for joined in (False, True)]
+        for changes in found:
+            with pytest.raises(iobmd.NotOpenError, match="closed"):
+                next(changes)
+        with iobmd.snapshot(source.pid) as after:
+            os.kill(after.pid, signal.SIGKILL)
+            assert until(lambda: not after.is_open)
+            with pytest.raises(iobmd.NotFoundError, match="was ended"):
+                next(pagemap.changes(before, after, joined=False))
+
+
 def test_what_a_snapshot_is_not_for(source: Source) -> None:
     with iobmd.snapshot(source.pid) as snapshot:
         for refused in (
