@@ -1,11 +1,15 @@
 """The programs in docs/examples and docs/migration, as a user runs them."""
 
+import contextlib
 import mmap
 import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,17 @@ from support.targets import Target, build, until_at_rest
 import iobmd
 
 MIGRATION = EXAMPLES.parent / "migration"
+SHARING = EXAMPLES / "sharing"
 MIB = 1 << 20
+CONNECT = """
+import os, socket, sys
+if sys.argv[1:]:
+    os.seteuid(int(sys.argv[1]))  # the server sees the user of connect(2)
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect("socket")
+    connection.recv(1)
+"""
+"""A client that reads one byte of the message, as the user in its argument."""
 
 
 def test_tiles() -> None:
@@ -58,6 +72,54 @@ def test_a_device_whose_registers_cannot_be_mapped_is_disabled_again(
         Device(str(tmp_path), 0x020000)
     assert (tmp_path / "enable").read_text() == "0"
     assert not (tmp_path / "config").read_bytes()[4] & BUS_MASTER
+
+
+@contextlib.contextmanager
+def sharing_server(folder: Path) -> Iterator[Callable[[], str]]:
+    """Run the server of docs/examples/sharing, and yield a function that returns its next line."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", SHARING / "server.py", "socket"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline
+        finally:
+            server.terminate()
+            _output, errors = server.communicate(timeout=20)
+        assert (server.returncode, errors) == (0, "")
+    assert not (folder / "socket").exists()
+
+
+def test_sharing_with_unrelated_processes(tmp_path: Path) -> None:
+    """Clients that answer, and one that does not."""
+    with sharing_server(tmp_path) as line:
+        assert re.fullmatch(r"1024 KiB, (pinned|resident|pageable)\n", line())
+        assert not stat.S_IMODE((tmp_path / "socket").stat().st_mode) & 0o077
+        for _each in range(2):
+            client = run(str(SHARING / "client.py"), "socket", folder=tmp_path)
+            assert (client.returncode, client.stderr) == (0, "")
+            assert client.stdout.endswith(": what is your PID?\n")
+            number, answer = re.fullmatch(rf"user {os.geteuid()}, process (\d+): process (\d+)\n", line()).groups()
+            assert number == answer
+        assert run("-c", CONNECT, folder=tmp_path).returncode == 0
+        assert line().startswith(f"user {os.geteuid()}, process ")
+
+
+@pytest.mark.needs("root")
+def test_sharing_is_refused_to_other_users(tmp_path: Path) -> None:
+    """Of two barriers, the mode of the socket and the peer's credentials, the second is tested without the first."""
+    tmp_path.chmod(0o711)
+    with sharing_server(tmp_path) as line:
+        line()
+        refused = run("-c", CONNECT, "1", folder=tmp_path)
+        assert "PermissionError" in refused.stderr
+        (tmp_path / "socket").chmod(0o666)
+        assert run("-c", CONNECT, "1", folder=tmp_path).returncode == 0
+        assert re.fullmatch(r"user 1, process \d+: refused\n", line())
 
 
 def port(name: str, *arguments: str) -> str:
