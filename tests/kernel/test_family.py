@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -316,6 +317,30 @@ def test_purgeable_state_is_that_of_all_the_memory() -> None:
         assert first.setPurgeable(KEEP) == NON_VOLATILE
         mixed.free()
         whole.free()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("states", [*itertools.product((NON_VOLATILE, VOLATILE, EMPTY), repeat=2)])
+def test_purgeable_parts_in_mixed_states(states: tuple[int, int]) -> None:
+    """Empty if one part is, otherwise Volatile if one is, as in XNU; a block returns each part to its own state."""
+    both = EMPTY if EMPTY in states else VOLATILE if VOLATILE in states else NON_VOLATILE
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(filled(1, shared=False, purgeable=True)) for _ in states]
+        whole = stack.enter_context(multi(parts, INOUT))
+        for part, state in zip(parts, states, strict=True):
+            part.setPurgeable(state)
+        assert whole.setPurgeable(KEEP) == both
+        with whole.nonvolatile() as intact:
+            assert intact is (both != EMPTY)
+            assert {part.setPurgeable(KEEP) for part in parts} == {NON_VOLATILE}
+        after = tuple(VOLATILE if state == VOLATILE else NON_VOLATILE for state in states)
+        assert tuple(part.setPurgeable(KEEP) for part in parts) == after
+        for part, state in zip(parts, states, strict=True):
+            part.setPurgeable(state)
+        assert whole.setPurgeable(VOLATILE) == both
+        assert [part.setPurgeable(KEEP) for part in parts] == [EMPTY if s == EMPTY else VOLATILE for s in states]
+        assert whole.setPurgeable(NON_VOLATILE) == (both if both == EMPTY else VOLATILE)
+        assert [any(bytes(part)) for part in parts] == [state != EMPTY for state in states]
 
 
 def test_page_counts() -> None:
