@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from iobmd.tools import bench
 from iobmd.tools.bench import contiguous, dpdk, host, mpi, purgeable, snapshot
+from iobmd.tools.bench.result import Result
 from support.namespaces import WITH_OWN_SHM
 
 import iobmd
@@ -56,6 +58,8 @@ def test_every_figure_has_its_floor(name: str, rows: int, capsys: Captured, monk
     assert len([one for one in results if not re.search("hugetlb|contiguous .* repeated", one["what"])]) == rows
     assert all(result["against"] and result["goal"] for result in results)
     assert all(result["ratio"] > 0 for result in results if result["figure"] not in ("none", "not found"))
+    bench.show("", [Result(**result) for result in results])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
 
 def test_table(capsys: Captured) -> None:

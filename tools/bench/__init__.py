@@ -10,12 +10,17 @@ import platform
 from typing import TYPE_CHECKING
 
 from iobmd._version import __version__
-from iobmd.cli import EXIT_OK, table
+from iobmd.cli import EXIT_OK
 from iobmd.cli.arguments import size
+from iobmd.cli.folding import folded, terminal_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .result import Result
+
+_WIDTH = 80
+"""Columns of the table in a file or a pipe."""
 BENCHMARKS = {
     "copy": ("iobmd.tools.bench.copy", "withCopy from another process, and the startup time"),
     "wired": ("iobmd.tools.bench.wired", "pins, segments, small wired buffers"),
@@ -54,20 +59,22 @@ def main(argv: Sequence[str]) -> int:
         rows = [result._asdict() for result in results]
         print(json.dumps({"version": 1, "iobmd": __version__, "host": host, "results": rows}, indent=2))
         return EXIT_OK
-    cells = [
-        (
-            result.what,
-            result.figure,
-            result.against,
-            f"{result.ratio:.2f}",
-            result.goal,
-            "met" if result.met else "MISSED",
-        )
-        for result in results
-    ]
-    columns = ("measured", "figure", "against", "ratio", "goal", "")
-    table.show(f"iobmd {__version__}, {host}, medians of {arguments.rounds}", columns, cells, right=(1, 3))
+    show(f"iobmd {__version__}, {host}, medians of {arguments.rounds}", results)
     return EXIT_OK
+
+
+def show(title: str, results: Sequence[Result]) -> None:
+    """Print two lines for each result: a row of a table with all texts in columns would be 150 columns wide."""
+    width = terminal_width() or _WIDTH
+    print(folded(title, width))
+    goals = max(len(result.goal) for result in results)
+    print(f"\nratio  {'goal':{goals}}          measured")
+    for result in results:
+        verdict = "MISSED" if not result.met else "" if result.goal == "reported" else "met"
+        start = f"{result.ratio:5.2f}  {result.goal:{goals}}  {verdict:6}  "
+        texts = " " * len(start)
+        print(start + folded(texts + result.what, width)[len(start) :])
+        print(folded(f"{texts}  {result.figure}; {result.against}", width))
 
 
 def make_parser() -> argparse.ArgumentParser:
