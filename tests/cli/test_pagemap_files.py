@@ -59,6 +59,41 @@ def test_the_table_fits_the_terminal(
     assert lines[-1] == "… 1 more file, 0 B (--csv lists all)"
 
 
+def test_the_first_files_in_an_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names, sizes, and cached parts order three files differently; the last file is not in memory at all."""
+    for name, cached, pages in (("b", 8, 8), ("a", 4, 16), ("c", 0, 32)):
+        (tmp_path / name).write_bytes(b"x" * cached * PAGE)
+        os.truncate(tmp_path / name, pages * PAGE)
+    for options, names in (
+        ([], "ba"),
+        (["--top", "1"], "b"),
+        (["--sort", "cached"], "bac"),
+        (["--sort", "name", "--top", "2"], "ab"),
+        (["--sort", "size"], "cab"),
+    ):
+        text = shown(capsys, "--file", str(tmp_path), *options)
+        assert re.findall(r"\]  .*(.)$", text, re.MULTILINE) == list(names)
+        assert "of 3 files in memory" in text
+        assert ("… " in text) == (len(names) < 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--openmetrics"], "--openmetrics cannot be combined with --file"),
+        (["--columns", "cached"], "--columns cannot be combined with --file"),
+        (["--json", "--sort", "name"], "--sort cannot be combined with --file --json"),
+        (["--csv", "--top", "1"], "--top cannot be combined with --file --csv"),
+        (["--sort", "rss"], "'rss' is no column of files: cached, size, name"),
+    ],
+)
+def test_options_that_files_refuse(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pagemap", "--file", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_position_of_cached_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A hole after the end of what was written has no pages in memory, on disks and in tmpfs."""
     path = tmp_path / "file"
@@ -78,8 +113,6 @@ def test_paths_that_fail(tree: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "none: No such file or directory" in output.err
     assert main(["pagemap", "--file", str(tree / "none")]) == 1
     assert "file\n" not in capsys.readouterr().out
-    assert main(["pagemap", "--file", str(tree), "--openmetrics"]) == 2
-    assert "--openmetrics cannot be combined with --file" in capsys.readouterr().err
 
 
 @pytest.mark.needs("root")

@@ -318,3 +318,8 @@ def test_what_is_refused(target: Target) -> None:
         with pytest.raises(IOReturnError, match=message) as caught:
             pagemap.heat(target.pid, **{"seconds": 1, **arguments})  # type: ignore[arg-type]
         assert caught.value.code == IOReturn.kIOReturnBadArgument
+
+
+def test_the_page_has_no_picture_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pagemap", "self", "--heat", "1", "--html", "page.html"]) == 2
+    assert "use --svg FILE or --png FILE" in capsys.readouterr().err

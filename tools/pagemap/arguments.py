@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STATES = ("resident", "anonymous", "file", "huge", "swapped", "locked", "lazy", "zero", "guard", "device")
-KEYS = ("address", "name", *COLUMNS, *SYNONYMS)
+KEYS = tuple(dict.fromkeys(("address", "name", *COLUMNS, *SYNONYMS, *system_options.OF_FILES)))
 BY_SMAPS = ("locked", "lazy", "lazyfree", "eligible")
 """Columns and states that only smaps provides."""
 METHODS = ("accessed", "written", "damon", "referenced")
@@ -92,6 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     excluded = [other for other in chosen[1:] if other not in _AS_JSON.get(way, ())]
     excluded = [way, *excluded] if excluded else chosen[1:]
     for is_wrong, message in (
+        (way == "heat" and arguments.html, "--html does not draw --heat: use --svg FILE or --png FILE"),
         (len(excluded) > 1, f"--{' and --'.join(excluded[:2])} cannot be combined"),
         (arguments.pid is None and way not in _WITHOUT_PID, "missing process: give a PID, self, or --processes"),
         (arguments.pid is not None and way == "processes", "--processes reads all processes: omit the PID"),
@@ -230,7 +231,8 @@ def _add_table(group: argparse._ArgumentGroup) -> None:
         "--sort",
         choices=KEYS,
         metavar="KEY",
-        help="sort by a column (default: rss; of processes, pss), by name, or areas by address",
+        help="sort by a column (default: rss; of processes, pss), by name, or areas by address; files by "
+        f"{', '.join(system_options.OF_FILES)}",
     )
     group.add_argument(
         "--sharers", action="store_true", help="the other processes that map each file or shared memory"

@@ -24,7 +24,7 @@ from .table import shortened
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _WIDTH, _ROWS = 100, 40
 """Columns and rows of the table in a file or a pipe."""
@@ -42,6 +42,13 @@ class Found(NamedTuple):
     cache: FileCache
 
 
+_ORDERS: dict[str, Callable[[Found], int | str]] = {
+    "cached": lambda found: -found.cache.cached,
+    "size": lambda found: -found.cache.size,
+    "name": lambda found: found.path,
+}
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Print the files."""
     walk = Walk(arguments.file)
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         for hidden in walk.hidden():
             print(hidden, file=sys.stderr)  # not on stdout, which programs read
     else:
-        _show(walk)
+        _show(walk, arguments.sort, arguments.top)
     sys.stdout.flush()
     walk.require_named()
 
@@ -182,31 +189,29 @@ def _write(walk: Walk) -> None:
     print(f'],\n"summary": {json.dumps(summary)},\n' + members(hidden_member(walk.hidden())) + "}")
 
 
-def _show(walk: Walk) -> None:
+def _show(walk: Walk, sort: str | None, top: int | None) -> None:
     width = terminal_width()
     columns = (width or _WIDTH) - 1
     rows = max(5, shutil.get_terminal_size((_WIDTH, _ROWS)).lines - 8) if width else _ROWS
-    largest = _largest(walk, rows)
+    first = _first(walk, sort, top or rows)
     share = f" ({walk.cached * 100 / round_up(walk.size, PAGE_SIZE):.0f} %)" if walk.size else ""
     dirty = f", {format_size(walk.dirty)} of it not yet written back" if walk.dirty else ""
     files = format_count(walk.count, "file")
     show(f"{format_size(walk.cached)} of {format_size(walk.size)}{share} of {files} in memory{dirty}", width)
     for hidden in walk.hidden():
         show(str(hidden), width)
-    if largest:
-        _show_table(largest, columns)
-    if walk.count > len(largest):
-        rest = walk.cached - sum(found.cache.cached for found in largest)
-        show(
-            f"… {format_count(walk.count - len(largest), 'more file')}, {format_size(rest)} (--csv lists all)", width
-        )
+    if first:
+        _show_table(first, columns)
+    if walk.count > len(first):
+        rest = walk.cached - sum(found.cache.cached for found in first)
+        show(f"… {format_count(walk.count - len(first), 'more file')}, {format_size(rest)} (--csv lists all)", width)
 
 
-def _show_table(largest: list[Found], columns: int) -> None:
+def _show_table(rows: list[Found], columns: int) -> None:
     cells = max(0, min(64, columns - 30 - _NAME))
     places = cells >= 8
     print(f"\n{'cached':>10}{'of':>10}{'%':>5}  " + (f"{'position':{cells + 4}}" if places else "") + "file")
-    for found in largest:
+    for found in rows:
         cache = found.cache
         line = f"{format_size(cache.cached):>10}{format_size(cache.size):>10}{cache.share * 100:>5.0f}  "
         if places:
@@ -214,10 +219,11 @@ def _show_table(largest: list[Found], columns: int) -> None:
         print(line + shortened(printable(found.path), columns - len(line)))
 
 
-def _largest(walk: Walk, rows: int) -> list[Found]:
-    """Return the files with the most cached memory, while all are counted."""
-    best = heapq.nlargest(rows, enumerate(walk.files()), key=lambda pair: (pair[1].cache.cached, -pair[0]))
-    return [found for _, found in best if found.cache.cached or len(best) <= len(walk.named)]
+def _first(walk: Walk, sort: str | None, rows: int) -> list[Found]:
+    """Return the first files in the requested order, by default those with the most cached memory; count all."""
+    order = _ORDERS[sort or "cached"]
+    best = heapq.nsmallest(rows, walk.files(), key=order)
+    return [found for found in best if sort or found.cache.cached or len(best) <= len(walk.named)]
 
 
 def _drawn(path: str, cells: int) -> str:

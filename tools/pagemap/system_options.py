@@ -10,6 +10,10 @@ from iobmd.units import HUGE_PAGE_SIZE
 _MODULES = {"host": "host", "file": "files"}
 _FORMATS = {"host": ("json", "csv", "openmetrics"), "file": ("json", "csv")}
 """By way: the options for the format of the output; at most one may be given."""
+_OF_TABLE = {"host": (), "file": ("sort", "top")}
+"""By way: the options for its table, without effect on other formats."""
+OF_FILES = ("cached", "size", "name")
+"""The values of `--sort` for files."""
 WIDEST = 1 << 30
 """The largest size of contiguous memory that `--host` explains."""
 
@@ -38,8 +42,11 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, way: s
         parser.error(f"--{way} is not about one process: omit the PID")
     given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
     formats = [name for name in given if name in _FORMATS[way]]
-    if wrong := [*(name for name in given if name not in (way, *formats)), *formats[1:]]:
+    permitted = (way, *(formats or _OF_TABLE[way]))
+    if wrong := [*(name for name in given if name not in permitted), *formats[1:]]:
         parser.error(f"--{wrong[0].replace('_', '-')} cannot be combined with --{' --'.join((way, *formats[:1]))}")
+    if arguments.sort not in (None, *OF_FILES):
+        parser.error(f"{arguments.sort!r} is no column of files: {', '.join(OF_FILES)}")
     arguments.way = _MODULES[way]
 
 

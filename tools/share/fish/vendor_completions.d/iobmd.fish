@@ -113,7 +113,7 @@ complete -c iobmd -n '_shtab_iobmd_using pagemap' -l only -xka "resident anonymo
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l each -d 'a row for each area (VMA) instead of each mapping'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l all -d 'all rows, even if they do not fit the terminal'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l top -x -d 'the first N rows'
-complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sort -xka "address name size rss rss% pss pss% uss shared anon file shmem swap huge huge% eligible mthp locked lazyfree procs areas runs largest resident swapped" -d 'sort by a column (default: rss; of processes, pss), by name, or areas by address'
+complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sort -xka "address name size rss rss% pss pss% uss shared anon file shmem swap huge huge% eligible mthp locked lazyfree procs areas runs largest resident swapped cached" -d 'sort by a column (default: rss; of processes, pss), by name, or areas by address; files by cached, size, name'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l sharers -d 'the other processes that map each file or shared memory'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l columns -x -d 'columns, separated by commas; all: all of them'
 complete -c iobmd -n '_shtab_iobmd_using pagemap' -l processes -d 'a row for each process, and their sum'
