@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import os
+import pwd
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -212,6 +213,14 @@ def test_metrics_of_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert {dict(labels)["state"] for labels in windows} == {"free", "movable", "huge", "one_short", "unmovable"}
 
 
+def user_of_this_process() -> str:
+    """The name of its user, or the UID if it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 @pytest.mark.needs("prometheus_client")
 def test_metrics_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
     with sleeping() as process:
@@ -223,6 +232,7 @@ def test_metrics_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert value == int(rss[1]) << 10
     assert dict(labels)["pid"] == str(process.pid)
     assert dict(labels)["process"] == "sleep"
+    assert dict(labels)["user"] == user_of_this_process()
 
 
 @pytest.mark.needs("prometheus_client")
@@ -240,6 +250,7 @@ def test_metrics_of_many_processes(by: str | None, capsys: pytest.CaptureFixture
         ]
         assert found == pytest.approx(anonymous, rel=0.2)
         assert labels["process"] == Path("/proc/self/comm").read_text().strip()
+        assert labels["user"] == user_of_this_process()
         group = Path("/proc/self/cgroup").read_text()
         assert f":{labels['cgroup']}\n" in group
         return

@@ -14,7 +14,7 @@ from iobmd.printable import printable
 
 from .look import Look
 from .total import Total
-from .usage import container_of, memory_cgroup
+from .usage import container_of, memory_cgroup, user_of
 
 if TYPE_CHECKING:
     import argparse
@@ -47,8 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     for area in look.until_gone(look.areas()):
         total.counted(area)
     look.require_task()
-    path = memory_cgroup(cgroup.membership(look.task.pid))
-    write(process_gauges([(process_labels(look.task.pid, look.name, path), total)]))
+    pid = look.task.pid
+    path = memory_cgroup(cgroup.membership(pid))
+    write(process_gauges([(process_labels(pid, look.name, user_of(pid), path), total)]))
 
 
 def write(gauges: Iterable[Gauge]) -> None:
@@ -72,9 +73,9 @@ def _escaped(text: str) -> str:
     return printable(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
-def process_labels(pid: int, name: str, path: str) -> Labels:
-    """Return the labels of a process: its pid, program, service, and memory cgroup."""
-    return {"pid": pid, "process": name, "service": service_of(path) or name, "cgroup": path or "/"}
+def process_labels(pid: int, name: str, user: str, path: str) -> Labels:
+    """Return the labels of a process: its pid, program, user, service, and memory cgroup."""
+    return {"pid": pid, "process": name, "user": user, "service": service_of(path) or name, "cgroup": path or "/"}
 
 
 def service_of(path: str) -> str:
@@ -112,7 +113,7 @@ def write_processes(by: str | None, processes: Processes, rows: list[Usage]) -> 
     for hidden in processes.hidden():
         print(hidden, file=sys.stderr)
     if by is None:
-        labelled = ((process_labels(row.pid, row.name, row.cgroup), row.total) for row in rows)
+        labelled = ((process_labels(row.pid, row.name, row.user, row.cgroup), row.total) for row in rows)
         write(process_gauges(labelled))
         return
     sums: list[tuple[Labels, Total]] = []

@@ -144,7 +144,7 @@ class Processes:
             status = _status(pid)
             if "VmRSS" not in status.sizes:
                 return None
-            found = Usage(pid, status.name, _user(status.uid), *self._group(pid), Total())
+            found = Usage(pid, status.name, _user_name(status.uid), *self._group(pid), Total())
             if not self._chooses(found, status.uid):
                 return None
             try:
@@ -198,8 +198,16 @@ def _status(pid: int) -> _Status:
     return _Status(fields.get("Name", ""), int(fields["Uid"].split()[0]), sizes)
 
 
+def user_of(pid: int) -> str:
+    """Return the name of the user of a process, or the UID if it has none; empty if the process has exited."""
+    try:
+        return _user_name(_status(pid).uid)
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @functools.cache
-def _user(uid: int) -> str:
+def _user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
