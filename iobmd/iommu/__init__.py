@@ -182,7 +182,7 @@ class IOMapper(Uncopyable):
                 undo.callback(self._addresses.release, address, size)
                 end = address
                 for part in parts:
-                    undo.callback(_unmap_if_mapped, attachment, end, part.size)
+                    undo.callback(attachment.unmap, end, part.size)
                     attachment.map(part.address, end, part.size, access)
                     end += part.size
             prepared = IOVMRange(descriptor, memory, (address, size), length)
@@ -191,11 +191,18 @@ class IOMapper(Uncopyable):
             prepared._mapper = self
         return prepared
 
-    def _unmap(self, prepared: IOVMRange, address: int, size: int) -> None:
-        """Undo `_map`, with the guard held."""
+    def _unmap(self, prepared: IOVMRange, address: int, size: int) -> bool:
+        """Undo `_map`, with the guard held; return False if another thread has done so.
+
+        After Ctrl-C during the unmapping, it is called again.
+        """
+        if prepared._mapper is None:
+            return False
         self._open().unmap(address, size)
+        prepared._mapper = None  # before its addresses may be those of another range
         self._addresses.release(address, size)
         self._ranges.remove(prepared)
+        return True
 
     # --- IOKit's names
 
@@ -359,11 +366,6 @@ def _require_mappable(descriptor: IOMemoryDescriptor) -> None:
         raise UnsupportedError("VFIO maps memory cached, and not with kIOMapperUncached: call setMapperOptions(0)")
 
 
-def _unmap_if_mapped(attachment: Attachment, address: int, size: int) -> None:
-    with contextlib.suppress(OSError):  # ENOENT, by iommufd
-        attachment.unmap(address, size)
-
-
 class IOVMRange(Uncopyable):
     """A descriptor's memory as a device sees it, from `IOMapper.prepare` to `complete` or the end of `with`."""
 
@@ -400,16 +402,12 @@ class IOVMRange(Uncopyable):
         IOReturn
             `kIOReturnSuccess`.
         """
-        mapper, self._mapper = self._mapper, None
-        if mapper:
-            try:
-                with mapper._guard:
-                    mapper._unmap(self, *self._mapped)
-            except BaseException:
-                self._mapper = mapper
-                raise
-            with self._pinned.guard:
-                self._pinned.unpin()
+        if mapper := self._mapper:
+            with mapper._guard:
+                unmapped = mapper._unmap(self, *self._mapped)
+            if unmapped:
+                with self._pinned.guard:
+                    self._pinned.unpin()
         return kIOReturnSuccess
 
     def __enter__(self) -> Self:
@@ -435,8 +433,8 @@ class IOVMRange(Uncopyable):
 
     def _complete_collected(self) -> None:
         """As `complete`, for the destructor, which must not wait, with the mapper's guard held."""
-        mapper, self._mapper = self._mapper, None
-        if mapper:
+        if mapper := self._mapper:
             with contextlib.suppress(OSError):  # the mapper may be closed, which unmaps everything
                 mapper._unmap(self, *self._mapped)
+            self._mapper = None
             self._pinned.unpin_when_free()

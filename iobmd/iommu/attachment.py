@@ -27,7 +27,7 @@ class Attachment(Protocol):
         """Map whole pages of this process for the device at `address`. They are pinned until `unmap`."""
 
     def unmap(self, address: int, size: int) -> None:
-        """Unmap a range from the device, whose further accesses to it fault."""
+        """Unmap a range, if it is mapped, from the device, whose further accesses to it fault."""
 
     def close(self) -> None:
         """Close the device at the end of the last call that uses it, which ends all its mappings. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -128,7 +129,8 @@ class IOAS:
 
     def unmap(self, address: int, size: int) -> None:
         """Unmap a range, as `Container.unmap`."""
-        self._ask(_UNMAP, _RELEASE.pack(_RELEASE.size, self._number, address, size))
+        with contextlib.suppress(FileNotFoundError):  # it is not mapped, which VFIO's container accepts
+            self._ask(_UNMAP, _RELEASE.pack(_RELEASE.size, self._number, address, size))
 
     def _ask(self, request: int, argument: bytes) -> bytearray:
         """Return the argument as the kernel leaves it. Raises OSError."""

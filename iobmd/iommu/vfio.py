@@ -157,7 +157,7 @@ class Container:
             raise limits.from_oserror(error, f"cannot map {size} bytes for the device at {address:#x}") from None
 
     def unmap(self, address: int, size: int) -> None:
-        """Unmap a range from the device, whose further accesses to it fault."""
+        """Unmap a range, if it is mapped, from the device, whose further accesses to it fault."""
         control(self._container, _UNMAP_DMA, bytearray(_UNMAP.pack(_UNMAP.size, 0, address, size)))
 
     def close(self) -> None:

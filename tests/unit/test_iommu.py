@@ -76,7 +76,8 @@ class Attached:
         self.recorded.append(address)
 
     def unmap(self, address: int, _size: int) -> None:
-        self.recorded.remove(address)
+        if address in self.recorded:
+            self.recorded.remove(address)
 
     def close(self) -> None:
         pass
@@ -167,6 +168,20 @@ def test_addresses_are_translated_while_others_are_mapped(mapper: IOMapper) -> N
             for thread in threads:
                 thread.join()
             sys.setswitchinterval(before)
+
+
+def test_two_threads_complete_a_range_once(mapper: IOMapper) -> None:
+    """The addresses may already be those of another range when the second thread enters."""
+    with iobmd.allocate(4096) as buffer:
+        prepared = mapper.prepare(buffer)
+        with mapper._guard:
+            threads = [threading.Thread(target=prepared.complete) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+                thread.join(0.1)  # it waits for the guard
+        for thread in threads:
+            thread.join()
+        buffer.free()
 
 
 @pytest.mark.needs("frames")

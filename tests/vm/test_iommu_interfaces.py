@@ -57,6 +57,16 @@ def test_256_mib_are_mapped(mapper: IOMapper, pages: str, record_property) -> No
     record_property(f"256 MiB in {pages} pages mapped for a device", taken)
 
 
+def test_complete_is_called_again_after_an_interrupt(mapper: IOMapper) -> None:
+    """Ctrl-C during the system call that unmaps the memory is raised after it: iommufd then finds no mapping."""
+    with iobmd.allocate(PAGE) as buffer:
+        prepared = mapper.prepare(buffer)
+        mapper._attachment.unmap(prepared.address, PAGE)
+        prepared.complete()
+        buffer.free()
+        mapper.close()
+
+
 @pytest.fixture
 def node(name: str) -> Path:
     """The character device of VFIO."""
