@@ -276,6 +276,7 @@ class Task:
             raise self._gone()
         if not outcome.error:
             return outcome
+        self._require_open()  # the process of a snapshot that is ended loses its memory before it has exited
         address = job.theirs + outcome.done
         raise diagnosis.not_moved(
             self.pid, outcome.error, address, write=job.write, timeout=job.patience, alive=lambda: self.alive

@@ -21,6 +21,7 @@ from support.targets import PATIENCE, Target, build, children, until
 import iobmd
 from iobmd import IOReturn, IOReturnError, pagemap
 from iobmd.remote.shared_memory import SharedMemory
+from iobmd.task.job import Outcome, Transfer
 from iobmd.units import PAGE_SIZE
 
 pytestmark = pytest.mark.needs("compiler")
@@ -370,6 +371,21 @@ def _without_swap(procs: Path) -> Path:
 
 
 @pytest.mark.needs("memory_cgroup")
+def test_a_snapshot_that_is_closed_while_it_is_read(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another thread. Its process loses its memory a moment before it has exited."""
+    read = iobmd.Task._moved
+
+    def close_and_read(task: iobmd.Task, job: Transfer) -> Outcome:
+        snapshot.close()
+        monkeypatch.setattr(iobmd.Task, "alive", True)
+        return read(task, job)
+
+    with iobmd.snapshot(source.pid) as snapshot:
+        monkeypatch.setattr(iobmd.Task, "_moved", close_and_read)
+        with pytest.raises(iobmd.NotOpenError, match="is closed"):
+            snapshot.read(source.own, SIZE)
+
+
 def test_memory_that_runs_out(memory_cgroup: Callable[[int], Path]) -> None:
     """The kernel ends the snapshot, and not the task, whose writes exceed the limit of its cgroup."""
     size = 48 << 20
