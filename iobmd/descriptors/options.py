@@ -346,7 +346,7 @@ def check_operation(operation: int) -> None:
 def check_descriptor(**values: object) -> None:
     """Raise TypeError for a value without the methods of a descriptor, whose class this module may not import."""
     for name, value in values.items():
-        if not hasattr(value, "getLength"):
+        if not hasattr(value, "getDirection"):  # maps lack it, which have a length too
             raise TypeError(f"{name} must be an IOMemoryDescriptor, not {value!r}")
 
 

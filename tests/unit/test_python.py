@@ -166,6 +166,17 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     assert not wrong
 
 
+def test_a_map_is_not_a_descriptor() -> None:
+    unique = iobmd.IOMapOptions.kIOMapAnywhere | iobmd.IOMapOptions.kIOMapUnique
+    with iobmd.allocate(PAGE_SIZE, shared=True) as one, one.createMappingInTask(iobmd.kernel_task, 0, unique) as made:
+        calls = Arguments(one, one).others()
+        names = ("withSubRange of", "withDescriptors descriptors", "setMemoryDescriptor mem", "share buffer")
+        for name, call in [*((name, calls[name]) for name in names), ("redirect newBackingMemory", made.redirect)]:
+            parameter = name.split()[1]
+            with pytest.raises(TypeError, match=f"^{parameter} must be an IOMemoryDescriptor, not <IOMemoryMap"):
+                call(made)
+
+
 @pytest.mark.parametrize(
     "flag", ["wired", "contiguous", "purgeable", "shared", "overwrite", "freeze", "lazy", "secret"]
 )
