@@ -152,3 +152,8 @@ class TaskTimeoutError(NamedError, TimeoutError, code=IOReturn.kIOReturnTimeout)
 
 class UnsupportedError(NamedError, code=IOReturn.kIOReturnUnsupported):
     """The kernel, the CPU, the kind of memory or this version of `iobmd` does not support the operation."""
+
+
+def is_of_system_call(error: OSError) -> bool:
+    """Return whether an error is that of a system call. That of a signal handler (TimeoutError) has no number."""
+    return error.errno is not None and not isinstance(error, IOReturnError)

@@ -3,6 +3,8 @@
 from operator import index
 from typing import SupportsIndex, cast
 
+from iobmd.errors import BadArgumentError
+
 # Types are checked by attributes of the class: isinstance() of a protocol takes as long as a system call.
 
 
@@ -37,6 +39,14 @@ def check_numbers(**values: object) -> None:
     for name, value in values.items():
         if not hasattr(type(value), "__float__") and not hasattr(type(value), "__index__"):
             raise TypeError(f"{name} must be a number, not {value!r}")
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise for a timeout that is neither None nor a number of seconds; NaN would never be over."""
+    if timeout is not None:
+        check_numbers(timeout=timeout)
+        if not timeout >= 0:
+            raise BadArgumentError(f"timeout must be 0 or more seconds, not {timeout}")
 
 
 def check_flags(text: str | None = None, /, **values: object) -> None:

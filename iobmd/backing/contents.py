@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iobmd._internal.arguments import check_numbers, integers
+from iobmd._internal.arguments import check_timeout, integers
 from iobmd._internal.chunked import Progress, carrying
 from iobmd.errors import UnsupportedError
 from iobmd.task import attempt, diagnosis, extents, job
@@ -51,8 +51,7 @@ class CopyOf:
         progress: Progress | None = None,
     ) -> None:
         address, size = integers(address=address, size=size)
-        if timeout is not None:
-            check_numbers(timeout=timeout)
+        check_timeout(timeout)
         self.task = task
         self.address = address
         self.size = size

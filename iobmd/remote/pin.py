@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from iobmd import host, procfs
 from iobmd._internal import log
 from iobmd._native import uring
-from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError
+from iobmd.errors import CannotWireError, IOReturnError, NotFoundError, TaskTimeoutError, is_of_system_call
 from iobmd.memory import pinning
 from iobmd.remote import areas, fd_passing, session
 from iobmd.remote.guest import Result, call
@@ -89,7 +89,7 @@ class RemotePin:
             try:
                 return self._with_guest(self._pin_by_guest)
             except OSError as error:
-                if isinstance(error, IOReturnError):
+                if not is_of_system_call(error):
                     raise
                 if error.errno != errno.ENOMEM or time.monotonic() > deadline:
                     return self._lock_instead(error)
@@ -160,9 +160,9 @@ class RemotePin:
         try:
             unlocked = _not_locked(self._task, address, end)
             self._with_guest(lambda guest: self._lock(guest, unlocked))
-        except IOReturnError:
-            raise
         except OSError as error:
+            if not is_of_system_call(error):
+                raise
             message = (
                 f"cannot pin or lock {format_size(end - address)} of task {self._task.pid}: pinning: {why}; locking: "
                 f"{error.strerror} (its RLIMIT_MEMLOCK, or inaccessible pages)"
@@ -184,7 +184,7 @@ class RemotePin:
             try:
                 guest.call("munlock", start, end - start)
             except OSError as error:
-                if isinstance(error, IOReturnError):
+                if not is_of_system_call(error):
                     raise
                 # The task has unmapped it in the meantime.
             self._locked.pop()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from iobmd import procfs
 from iobmd._internal import chunked, pidns
-from iobmd._internal.arguments import check_numbers
+from iobmd._internal.arguments import check_timeout
 from iobmd._native import crosstask, mman
 from iobmd.errors import NO_DESCRIPTOR
 from iobmd.host import headroom
@@ -50,7 +50,12 @@ _CALL_REFUSED = (errno.EPERM, errno.ENOSYS)
 
 
 def number_of(error: OSError) -> int:
-    """Return the error number for a task whose /proc files cannot be opened; without a directory it has exited."""
+    """Return the error number for a task whose /proc files cannot be opened; without a directory it has exited.
+
+    Raises an error without a number again: a signal handler has raised it (TimeoutError), not a system call.
+    """
+    if error.errno is None:
+        raise error
     return errno.ESRCH if error.errno == errno.ENOENT else error.errno or errno.EACCES
 
 
@@ -73,8 +78,7 @@ def move_present(
 
 def move(job: Transfer) -> Outcome:
     """Transfer bytes between a task and this process. Raises as `extents.absent`."""
-    if job.timeout is not None:
-        check_numbers(timeout=job.timeout)
+    check_timeout(job.timeout)
     attempt.require_unlocked(job.pid, job.patience)
     try:
         pagemap = os.open(f"{pidns.directory(job.pid)}/pagemap", os.O_RDONLY | os.O_CLOEXEC)

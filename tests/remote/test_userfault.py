@@ -189,15 +189,18 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("exception", ["KeyboardInterrupt", "TimeoutError"])
 @pytest.mark.parametrize("call", CALLS)
-def test_interrupt(call: str) -> None:
-    """Ctrl-C ends the wait for a handler that is stalled."""
+def test_interrupt(call: str, exception: str) -> None:
+    """A signal handler that raises an exception ends the wait for a fault handler that is stalled."""
     with ServedTarget(mode="stall") as target:
         script = (
-            "import iobmd, sys\n"
+            "import iobmd, signal, sys\n"
+            f"def interrupt(*_): raise {exception}\n"
+            "signal.signal(signal.SIGINT, interrupt)\n"
             f"pid, area, size = {target.pid}, {target.area}, {MIB}\n"
             f"try:\n    print('begin', flush=True)\n    {CALLS[call]}\n"
-            "except KeyboardInterrupt: sys.exit(7)\n"
+            f"except {exception} as error: sys.exit(7 if type(error) is {exception} else 8)\n"
         )
         with started([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
             assert program.stdout

@@ -166,6 +166,19 @@ def test_a_wrong_type_is_a_type_error_that_names_the_parameter() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
+    with iobmd.allocate(1 << 20, wired=False) as one:
+        address = one.getBytesNoCopy()
+        for call in (
+            lambda: iobmd.kernel_task.read(address, 1 << 20, timeout=timeout),
+            lambda: iobmd.kernel_task.write(address, b"x", timeout=timeout),
+            lambda: iobmd.copy(iobmd.kernel_task, address, 1, timeout=timeout),
+        ):
+            with pytest.raises(iobmd.BadArgumentError, match=r"^timeout must be 0 or more seconds"):
+                call()
+
+
 def test_a_map_is_not_a_descriptor() -> None:
     unique = iobmd.IOMapOptions.kIOMapAnywhere | iobmd.IOMapOptions.kIOMapUnique
     with iobmd.allocate(PAGE_SIZE, shared=True) as one, one.createMappingInTask(iobmd.kernel_task, 0, unique) as made:
