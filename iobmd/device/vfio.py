@@ -332,8 +332,9 @@ class VFIOLine:
     def _require_free(self) -> None:
         if (self._kind, self._number) in self._others.used:  # VFIO would replace its eventfd
             raise BusyError(f"{self.what} has a user: close it first")
-        for kind in self._others.kinds() & _EXCLUSIVE - {self._kind} if self._kind in _EXCLUSIVE else ():
-            raise BusyError(f"interrupts of kind {kind} are enabled: close them before {self.what}")
+        others = self._others.kinds() & _EXCLUSIVE - {self._kind}
+        if others and self._kind in _EXCLUSIVE:
+            raise BusyError(f"interrupts of kind {others.pop()} are enabled: close them before {self.what}")
 
     def _allocate(self) -> None:
         """Enable as many message interrupts as the device has: VFIO adds none later (before Linux 6.5)."""
