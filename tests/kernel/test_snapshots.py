@@ -79,6 +79,7 @@ def test_out_to_swap_and_back(memory: Memory) -> None:
     assert by_kind(list(pagemap.changes(out, memory.save("in"))))[Kind.SWAPPED_IN] == swapped
 
 
+@again_if_pages_move
 @pytest.mark.needs("frames")
 def test_collapsed_and_split(memory: Memory) -> None:
     start = -(-memory.address // (2 * MIB)) * 2 * MIB
