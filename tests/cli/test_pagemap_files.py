@@ -112,7 +112,15 @@ def test_paths_that_fail(tree: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "large" in output.out
     assert "none: No such file or directory" in output.err
     assert main(["pagemap", "--file", str(tree / "none")]) == 1
-    assert "file\n" not in capsys.readouterr().out
+    assert not capsys.readouterr().out
+
+
+def test_small_files_count_as_whole_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    text = shown(capsys, "--file", str(tmp_path))
+    assert f"{3 * PAGE >> 10} KiB of {3 * PAGE >> 10} KiB (100 %) of 3 files in memory" in text
+    assert text.count(f"{PAGE >> 10} KiB     {PAGE >> 10} KiB  100") == 3
 
 
 @pytest.mark.needs("root")

@@ -77,10 +77,16 @@ class Walk:
     def __init__(self, paths: list[str]) -> None:
         self._paths = paths
         self.count = self.size = self.cached = self.dirty = 0
+        self.whole = 0  # the size in whole pages, as which the cache holds each file
         self._seen: set[tuple[int, int]] = set()
         self._errors: list[OSError] = []
         self._error_of_named: OSError | None = None
         self.named = {path for path in paths if not os.path.isdir(path)}
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a path that was named is missing or may not be read."""
+        return self._error_of_named is not None
 
     def files(self, parts: int = 0) -> Iterator[Found]:
         """Iterate over the files; with `parts`, the named ones are divided into this number."""
@@ -134,6 +140,7 @@ class Walk:
         cache = file_cache(path, parts=parts)
         self.count += 1
         self.size += cache.size
+        self.whole += round_up(cache.size, PAGE_SIZE)
         self.cached += cache.cached
         self.dirty += cache.dirty or 0
         yield Found(path, cache)
@@ -194,10 +201,11 @@ def _show(walk: Walk, sort: str | None, top: int | None) -> None:
     columns = (width or _WIDTH) - 1
     rows = max(5, shutil.get_terminal_size((_WIDTH, _ROWS)).lines - 8) if width else _ROWS
     first = _first(walk, sort, top or rows)
-    share = f" ({walk.cached * 100 / round_up(walk.size, PAGE_SIZE):.0f} %)" if walk.size else ""
+    share = f" ({walk.cached * 100 / walk.whole:.0f} %)" if walk.whole else ""
     dirty = f", {format_size(walk.dirty)} of it not yet written back" if walk.dirty else ""
     files = format_count(walk.count, "file")
-    show(f"{format_size(walk.cached)} of {format_size(walk.size)}{share} of {files} in memory{dirty}", width)
+    if walk.count or not walk.has_failed:
+        show(f"{format_size(walk.cached)} of {format_size(walk.whole)}{share} of {files} in memory{dirty}", width)
     for hidden in walk.hidden():
         show(str(hidden), width)
     if first:
@@ -213,7 +221,8 @@ def _show_table(rows: list[Found], columns: int) -> None:
     print(f"\n{'cached':>10}{'of':>10}{'%':>5}  " + (f"{'position':{cells + 4}}" if places else "") + "file")
     for found in rows:
         cache = found.cache
-        line = f"{format_size(cache.cached):>10}{format_size(cache.size):>10}{cache.share * 100:>5.0f}  "
+        whole = round_up(cache.size, PAGE_SIZE)
+        line = f"{format_size(cache.cached):>10}{format_size(whole):>10}{cache.share * 100:>5.0f}  "
         if places:
             line += f"[{_drawn(found.path, cells)}]  "
         print(line + shortened(printable(found.path), columns - len(line)))
