@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Literal
 
 from iobmd._internal import log
-from iobmd._internal.arguments import check_flags, check_integers, check_type
+from iobmd._internal.arguments import check_flags, check_integers, check_type, optional_integers
 from iobmd.backing.contents import CopyOf, FrozenCopyOf
 from iobmd.backing.lazy import LazyCopyOf
 from iobmd.backing.placement import Placement
@@ -155,7 +155,7 @@ def allocate(
             else IOBufferMemoryDescriptor(node=node, private=private, progress=progress)
         )
     else:
-        check_integers(address=address or 0)
+        (address,) = optional_integers(address=address)
         check_flags(overwrite=overwrite)
         placement = Placement(address or 0, overwrite, protection)
         buffer = (

@@ -134,6 +134,8 @@ def test_memory_in_use_is_never_replaced(reserved: int) -> None:
 def test_refused(keywords: dict[str, object], message: str) -> None:
     with pytest.raises(iobmd.BadArgumentError, match=message):
         iobmd.allocate(SIZE, **keywords)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="address must be an integer"):
+        iobmd.allocate(SIZE, address="", wired=False)  # type: ignore[arg-type]
 
 
 LARGE = 64 << 20  # Python's own allocations are small in comparison
