@@ -97,6 +97,7 @@ def test_shared_memory_frozen_on_request(source: Source, tmp_path: Path) -> None
         iobmd.snapshot(source.pid, freeze_shared=-1)
 
 
+@pytest.mark.needs("root")  # to freeze shared memory
 def test_attempts_that_fail_leave_no_descriptors(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the task changed its mappings of shared memory before each stop."""
     monkeypatch.setattr(SharedMemory, "covers", lambda *_: False)
@@ -370,7 +371,6 @@ def _without_swap(procs: Path) -> Path:
     return procs
 
 
-@pytest.mark.needs("memory_cgroup")
 def test_a_snapshot_that_is_closed_while_it_is_read(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by another thread. Its process loses its memory a moment before it has exited."""
     read = iobmd.Task._moved
@@ -386,6 +386,7 @@ def test_a_snapshot_that_is_closed_while_it_is_read(source: Source, monkeypatch:
             snapshot.read(source.own, SIZE)
 
 
+@pytest.mark.needs("memory_cgroup")
 def test_memory_that_runs_out(memory_cgroup: Callable[[int], Path]) -> None:
     """The kernel ends the snapshot, and not the task, whose writes exceed the limit of its cgroup."""
     size = 48 << 20
@@ -419,6 +420,7 @@ def test_pages_written_between_two(source: Source) -> None:
                 list(pagemap.changes(before, other))
 
 
+@pytest.mark.needs("frames")
 def test_changes_of_snapshots_that_end(source: Source) -> None:
     """The error is that of a snapshot, also if it ends after the iterator was created."""
     with iobmd.snapshot(source.pid) as before:
