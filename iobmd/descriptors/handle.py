@@ -91,7 +91,7 @@ class Handle:
         return owner
 
     def _late_memory(self) -> MemoryOwner:
-        """Return memory that has no owner until it is used; raise `kIOReturnNotOpen` if there is none."""
+        """Return the owner of memory that has none before its first use. Raises `kIOReturnNotOpen`."""
         raise NotOpenError(f"this {type(self).__name__} is {self._state}")
 
     def _usable_memory(self) -> MemoryOwner:

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Self
 
 from iobmd._internal import process_local, with_block
-from iobmd._internal.arguments import check_type, integers
+from iobmd._internal.arguments import check_type, integers, optional_integers
 from iobmd._internal.uncopyable import Uncopyable
 from iobmd._internal.weak_registry import WeakRegistry
 from iobmd._native.pagemap import PhysicalSegment
@@ -146,8 +146,7 @@ class IOMapper(Uncopyable):
         """
         check_descriptor(descriptor=descriptor)
         forDirection, alignment = integers(forDirection=forDirection, alignment=alignment)  # noqa: N806 (IOKit's)
-        if highest is not None:
-            (highest,) = integers(highest=highest)
+        (highest,) = optional_integers(highest=highest)
         if not is_power_of_two(alignment):
             raise BadArgumentError(f"the alignment {alignment} is not a power of two")
         direction = forDirection & DIRECTION_MASK or int(descriptor.getDirection())

@@ -102,7 +102,7 @@ def test_sharing_with_unrelated_processes(tmp_path: Path) -> None:
         for _each in range(2):
             client = run(str(SHARING / "client.py"), "socket", folder=tmp_path)
             assert (client.returncode, client.stderr) == (0, "")
-            assert client.stdout.endswith(": what is your PID?\n")
+            assert client.stdout.endswith(": your PID?\n")
             number, answer = re.fullmatch(rf"user {os.geteuid()}, process (\d+): process (\d+)\n", line()).groups()
             assert number == answer
         assert run("-c", CONNECT, folder=tmp_path).returncode == 0

@@ -69,6 +69,12 @@ def started(buffer: iobmd.IOBufferMemoryDescriptor) -> Iterator[Peer]:
         yield Peer(pid, ask)
 
 
+def lose(buffer: iobmd.IOBufferMemoryDescriptor) -> None:
+    """Make the buffer volatile, and purge it."""
+    buffer.setPurgeable(VOLATILE)
+    assert iobmd.purge() == SIZE
+
+
 def state_of(buffer: iobmd.IOBufferMemoryDescriptor) -> iobmd.IOPurgeable:
     """Return the state."""
     return buffer.setPurgeable(KEEP_CURRENT)
@@ -121,8 +127,7 @@ def test_descriptors_in_one_process() -> None:
 def test_all_processes_know_that_it_is_being_filled() -> None:
     buffer, _ = purgeable(SIZE, shared=True)
     with buffer, started(buffer) as peer:
-        buffer.setPurgeable(VOLATILE)
-        assert iobmd.purge() == SIZE
+        lose(buffer)
         assert peer.ask("enter") is False
         with buffer.nonvolatile() as intact:
             assert intact is False
@@ -137,8 +142,7 @@ def test_all_processes_know_that_it_is_being_filled() -> None:
 def test_the_end_of_the_last_block_empties_what_was_not_filled() -> None:
     buffer, _ = purgeable(SIZE, shared=True)
     with buffer, started(buffer) as peer:
-        buffer.setPurgeable(VOLATILE)
-        assert iobmd.purge() == SIZE
+        lose(buffer)
         assert peer.ask("enter") is False
         with buffer.nonvolatile():
             peer.ask("fill")
@@ -172,8 +176,7 @@ def test_a_process_killed_inside_a_block(prepared: bool) -> None:
 def test_a_process_killed_while_it_fills_the_memory() -> None:
     buffer, _ = purgeable(SIZE, shared=True)
     with buffer, pytest.raises(AssertionError, match="the child ended"), started(buffer) as peer:
-        buffer.setPurgeable(VOLATILE)
-        assert iobmd.purge() == SIZE
+        lose(buffer)
         assert peer.ask("enter") is False
         peer.ask("fill")
         peer.kill()
@@ -199,8 +202,7 @@ def test_other_processes_cannot_discard_it(state: iobmd.IOPurgeable) -> None:
 def test_purged_memory_is_volatile_again_in_any_process() -> None:
     buffer, _ = purgeable(SIZE, shared=True)
     with buffer, started(buffer) as peer:  # which has never made it volatile itself
-        buffer.setPurgeable(VOLATILE)
-        assert iobmd.purge() == SIZE
+        lose(buffer)
         assert peer.ask("enter") is False
         peer.ask("fill")
         peer.ask("leave")

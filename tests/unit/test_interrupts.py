@@ -14,6 +14,7 @@ from support.errors import code_of
 
 from iobmd import IODeviceMemory, IOInterruptEventSource, IOReturn
 from iobmd._internal.process_local import Fd
+from iobmd.device.vfio import VFIOLine
 from iobmd.errors import NotOpenError
 
 
@@ -25,12 +26,7 @@ class Line:
     def __init__(self) -> None:
         self.file = Fd(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), self.what)
 
-    def read(self) -> int:
-        try:
-            with self.file.use() as number:
-                return os.eventfd_read(number)
-        except BlockingIOError:
-            return 0
+    read = VFIOLine.read
 
     def mask(self, *, masked: bool) -> None:
         pass
@@ -135,7 +131,7 @@ CREATORS = [IOInterruptEventSource.ofVFIO, IODeviceMemory.ofVFIO]
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("create", CREATORS)
 def test_a_mapper_that_is_closed_between(create: Callable[..., object]) -> None:
-    """What was duplicated may be the descriptor of another device."""
+    """The duplicate may be a descriptor of another device."""
     assert code_of(lambda: create(ClosedBetween(), 0)) == IOReturn.kIOReturnNotOpen
 
 

@@ -26,7 +26,7 @@ def main(path: str) -> None:
         listening.listen()
         try:
             with iobmd.allocate(SIZE, shared=True, wired="try") as buffer:
-                buffer[QUESTION] = b"what is your PID?".ljust(64, b"\0")
+                buffer[QUESTION] = b"your PID?".ljust(64, b"\0")
                 print(f"{SIZE >> 10} KiB, {buffer.wiring.value}", flush=True)
                 with iobmd.share(buffer) as handle:
                     while True:
